@@ -1,0 +1,481 @@
+"""The typed configuration: defaults <- YAML <- ``key=value``, strict, with errors made for people.
+
+Lowest room of the house: it knows no model family and no objective by name. The tables of
+families and objectives are handed in by the rooms above (see ``train.settings``), and become
+tagged unions of one schema. Every field says whether it belongs to the run's *meaning* (a
+run folder goes on only where all of these match) or is *free* (layout, workers, paths, logs).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+
+class ConfigError(ValueError):
+    """A user's mistake in a config, a path or an argument: one line, exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on for a reason the user should read: one line, exit code 1."""
+
+
+class Strict(BaseModel):
+    """Base of every section: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, validate_assignment=True)
+
+
+S = TypeVar("S", bound=Strict)
+
+
+def meaning(default: Any, description: str, **limits: Any) -> Any:
+    """A field that changes what the run computes."""
+    return Field(default, description=description, json_schema_extra={"role": "meaning"}, **limits)
+
+
+def free(default: Any, description: str, **limits: Any) -> Any:
+    """A field that may change between one start and the next of the same run."""
+    return Field(default, description=description, json_schema_extra={"role": "free"}, **limits)
+
+
+class ModelConfig(Strict):
+    """What every family shares; each family subclasses it in its own file."""
+
+    family: str
+    vocab_size: int = meaning(0, "Tokens the model knows; 0 takes the tokenizer's", ge=0)
+
+
+class ObjectiveConfig(Strict):
+    """What every objective shares; each objective subclasses it in its own file."""
+
+    name: str
+
+
+class SourceConfig(Strict):
+    """One prepared folder of a mixture."""
+
+    path: str = free(..., "Prepared folder or URL that holds a manifest.json")
+    weight: float = meaning(1.0, "Share of the mixture, relative to the other sources", gt=0)
+
+
+class DataConfig(Strict):
+    """Where tokens come from and in which order."""
+
+    path: str | None = free(None, "Prepared folder; short for one source")
+    sources: list[SourceConfig] = meaning([], "Several prepared folders, mixed by weight")
+    sequence_length: int = meaning(512, "Tokens of one training sequence", ge=2)
+    lanes: int = meaning(64, "Independent reading positions the order is made of", ge=1)
+    shuffle_block: int = meaning(4096, "Sequences permuted together within a lane", ge=1)
+    mask_documents: bool = meaning(True, "Attention does not cross documents")
+    reset_positions: bool = meaning(True, "Positions restart at each document")
+    cross_document_targets: bool = meaning(True, "An end of document predicts the first token of the next one")
+    workers: int | Literal["thread"] = free("thread", "Loader processes, or one prefetch thread; 0 reads in line")
+    prefetch: int = free(2, "Steps read ahead", ge=1)
+    cache: str | None = free(None, "Folder for shards fetched from URLs; default under the user's cache folder")
+    cache_gib: float = free(20.0, "Most that the shard cache may hold", gt=0)
+    allow: list[str] = free([], "Shard kinds that run code, refused unless named: 'pipe', 'pickle'")
+
+    @model_validator(mode="after")
+    def _one_way_to_name_it(self) -> DataConfig:
+        if self.path and self.sources:
+            raise ValueError("give either path or sources, not both")
+        return self
+
+    def mixture(self) -> list[SourceConfig]:
+        """The sources, whichever way they were given."""
+        return self.sources or ([SourceConfig(path=self.path)] if self.path else [])
+
+
+class RampConfig(Strict):
+    """The global batch grows from `start` by `increment` each time a stretch of sequences was drawn."""
+
+    start: int = meaning(..., "First global batch, in sequences", ge=1)
+    increment: int = meaning(..., "Sequences added at each rise", ge=1)
+    sequences: int = meaning(..., "Sequences over which the batch reaches its full size", ge=1)
+
+
+class BatchConfig(Strict):
+    """The global batch is stated; all else is derived from it."""
+
+    sequences: int | None = meaning(None, "Global batch in sequences", ge=1)
+    tokens: int | None = meaning(None, "Global batch in tokens", ge=1)
+    micro: int = free(8, "Sequences one device takes through forward and backward at once", ge=1)
+    ramp: RampConfig | None = meaning(None, "Batch-size ramp at the start of the run")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> BatchConfig:
+        if (self.sequences is None) == (self.tokens is None):
+            raise ValueError("give the global batch once: sequences or tokens")
+        return self
+
+
+class TrainConfig(Strict):
+    """How long and how."""
+
+    steps: int | None = meaning(None, "Length of the run in optimizer steps", ge=1)
+    tokens: int | None = meaning(None, "Length of the run in tokens", ge=1)
+    budget: str | None = meaning(None, "Length of the run in wall-clock time: 90s, 10m, 24h, 3d")
+    seed: int = meaning(0, "Seed of weights, data order and dropout", ge=0)
+    clip: float | None = meaning(1.0, "Largest gradient norm; null does not clip", gt=0)
+    recompute: Literal["none", "full", "selective"] | int = free(
+        "none", "Activation checkpointing: none, full, selective, or every n-th layer"
+    )
+    compile: bool | Literal["auto"] = free("auto", "torch.compile of each block; auto where a compiler is found")
+    deterministic: bool = free(False, "Deterministic kernels, slower where it matters")
+    device: Literal["auto", "cpu", "cuda"] = free("auto", "Where to train")
+    threads: int | None = free(None, "CPU threads of a process; null takes every core it may use", ge=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if sum(x is not None for x in (self.steps, self.tokens, self.budget)) != 1:
+            raise ValueError("give the length of the run once: steps, tokens or budget")
+        if self.budget is not None:
+            parse_duration(self.budget)
+        if isinstance(self.recompute, int) and self.recompute < 1:
+            raise ValueError("recompute as a number is every n-th layer, at least 1")
+        return self
+
+
+class LossScaleConfig(Strict):
+    """Dynamic loss scaling of fp16."""
+
+    initial: float = meaning(65536.0, "First scale", gt=0)
+    growth: float = meaning(2.0, "Factor after `window` steps without overflow", gt=1)
+    backoff: float = meaning(0.5, "Factor after `hysteresis` overflows", gt=0, lt=1)
+    window: int = meaning(2000, "Steps without overflow before the scale grows", ge=1)
+    hysteresis: int = meaning(1, "Overflows in a row before the scale falls", ge=1)
+    floor: float = meaning(1.0, "A scale that falls to this stops the run with advice", gt=0)
+
+
+class PrecisionConfig(Strict):
+    """One rule for every layout: parameters and activations in `compute`, masters in float32."""
+
+    compute: Literal["fp32", "bf16", "fp16"] = meaning("fp32", "Number format of forward and backward")
+    loss_scale: LossScaleConfig = meaning(LossScaleConfig(), "Loss scaling, for fp16 only")
+
+
+class OptimizerConfig(Strict):
+    """The rule that turns gradients into updates."""
+
+    name: Literal["adamw", "adam", "sgd", "adafactor", "muon"] = meaning("adamw", "Update rule")
+    lr: float = meaning(3e-4, "Peak learning rate", gt=0)
+    betas: list[float] = meaning([0.9, 0.95], "Decay of the first and second moment", min_length=2, max_length=2)
+    eps: float = meaning(1e-8, "Added to the root of the second moment", gt=0)
+    weight_decay: float = meaning(0.1, "Decoupled decay of matrices", ge=0)
+    decay_embeddings: bool = meaning(True, "Embeddings decay too")
+    momentum: float = meaning(0.95, "Momentum of sgd and muon", ge=0, lt=1)
+    nesterov: bool = meaning(True, "Nesterov momentum in sgd and muon")
+    matrix_lr: float | None = meaning(None, "Muon's learning rate of matrices; null takes lr", gt=0)
+    relative_step: bool = meaning(False, "Adafactor's own learning-rate rule")
+    fused: bool | Literal["auto"] = free("auto", "Fused kernels of torch where they exist")
+
+
+class ScheduleConfig(Strict):
+    """Learning-rate factor as a pure function of progress 0..1."""
+
+    name: Literal["cosine", "linear", "inverse_sqrt", "wsd", "constant"] = meaning("cosine", "Shape after warm-up")
+    warmup: float = meaning(0.02, "Fraction of the run that warms up", ge=0, lt=1)
+    warmup_steps: int | None = meaning(None, "Warm-up in steps, in place of the fraction", ge=0)
+    warmup_tokens: int | None = meaning(None, "Warm-up in tokens, in place of the fraction", ge=0)
+    floor: float = meaning(0.1, "Last factor, as a share of the peak", ge=0, le=1)
+    decay: float = meaning(0.2, "Fraction of the run over which wsd anneals", gt=0, le=1)
+    decay_shape: Literal["linear", "cosine", "sqrt"] = meaning("linear", "Shape of wsd's annealing")
+
+
+class EvaluateConfig(Strict):
+    """Validation on the prepared validation split."""
+
+    every: int | None = free(None, "Steps between evaluations; null evaluates at the end alone", ge=1)
+    batch: int = free(8, "Sequences a forward pass", ge=1)
+    max_tokens: int | None = free(None, "Most tokens an evaluation during the run reads; the last one reads all", ge=1)
+
+
+class CheckpointConfig(Strict):
+    """When to save and what to keep."""
+
+    every: int | None = free(None, "Steps between checkpoints; null saves at the end alone", ge=1)
+    keep_last: int = free(2, "Newest checkpoints kept", ge=1)
+    keep_every: int | None = free(None, "Checkpoints at multiples of this many steps are kept for good", ge=1)
+    asynchronous: bool = free(True, "Write while training goes on")
+
+
+class GuardConfig(Strict):
+    """What to do when a loss is not finite or jumps."""
+
+    nonfinite: Literal["skip", "rollback", "stop"] = meaning("skip", "On a loss or gradient that is not finite")
+    spike: Literal["ignore", "skip", "rollback", "stop"] = meaning("ignore", "On a loss far above its recent mean")
+    threshold: float = meaning(6.0, "Standard deviations above the running mean that make a spike", gt=0)
+    window: int = meaning(100, "Steps the running mean and deviation look back over", ge=2)
+    most: int = meaning(100, "Skips and roll-backs in all before the run stops", ge=1)
+
+
+class LogConfig(Strict):
+    """What a run writes about itself."""
+
+    every: int = free(10, "Steps between log lines", ge=1)
+    tensorboard: bool = free(True, "Write TensorBoard events")
+    wandb: str | None = free(None, "Weights & Biases project; null is off")
+    profile: list[int] | None = free(None, "First and last step of a profiler trace", min_length=2, max_length=2)
+    measure_peak: bool = free(False, "Measure the GEMM peak where the device is unknown, so that MFU can be given")
+
+
+class Config(Strict):
+    """A complete run."""
+
+    run: str | None = free(None, "Run folder; default runs/<name of the config>")
+    model: ModelConfig
+    objective: ObjectiveConfig
+    data: DataConfig = DataConfig()
+    batch: BatchConfig
+    train: TrainConfig
+    precision: PrecisionConfig = PrecisionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    log: LogConfig = LogConfig()
+
+    def global_batch(self) -> int:
+        """Sequences of a full global batch."""
+        if self.batch.sequences is not None:
+            return self.batch.sequences
+        tokens, length = self.batch.tokens or 0, self.data.sequence_length
+        if tokens % length:
+            raise ConfigError(
+                f"batch.tokens={tokens}: is not a multiple of data.sequence_length={length}; "
+                f"nearest {max(tokens // length, 1) * length}"
+            )
+        return tokens // length
+
+
+def build_schema(
+    models: Mapping[str, type[ModelConfig]], objectives: Mapping[str, type[ObjectiveConfig]]
+) -> type[Config]:
+    """The Config class with `model` and `objective` typed by the given tables."""
+    fields: dict[str, Any] = {
+        "model": (_tagged_union(models, "family"), ...),
+        "objective": (_tagged_union(objectives, "name"), ...),
+    }
+    return create_model("Config", __base__=Config, __doc__="A complete shardwright run.", **fields)
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    schema: type[Config],
+) -> Config:
+    """Read a config by file, name or mapping and apply ``key=value`` overrides.
+
+    Raises ConfigError with one line that names the key, the value and what is allowed.
+    """
+    if isinstance(source, Mapping):
+        where, raw = "config", dict(source)
+    else:
+        path = find_config(source)
+        where, raw = str(path), read_yaml(path)
+    for override in overrides:
+        apply_override(raw, override)
+    return parse(schema, raw, where)
+
+
+def parse(schema: type[S], raw: Mapping[str, Any], where: str) -> S:
+    """Validate `raw` against a section class; ConfigError with one line otherwise."""
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_describe(error, schema, where)) from None
+
+
+def find_config(name: str | Path) -> Path:
+    """A config by path, or by name among the configs shipped with the project."""
+    given = Path(name)
+    for candidate in (given, given.with_name(given.name + ".yaml")):
+        if candidate.is_file():
+            return candidate
+    shipped = {str(p.relative_to(folder).with_suffix("")): p for folder in config_folders() for p in _yamls(folder)}
+    stem = str(name).removesuffix(".yaml").removeprefix("configs/")
+    if stem in shipped:
+        return shipped[stem]
+    close = difflib.get_close_matches(stem, shipped, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"shipped configs: {', '.join(sorted(shipped))}"
+    raise ConfigError(f"{name}: no such config file; {hint}")
+
+
+def config_folders() -> list[Path]:
+    """Where shipped configs lie: the installed package's folder, or the checkout's."""
+    package = Path(__file__).parent
+    return [f for f in (package / "configs", package.parent / "configs") if f.is_dir()][:1]
+
+
+def _yamls(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.rglob("*.yaml")) if p.parent.name != "hardware"]
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-3 as a number, as everyone who writes it means."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping; ConfigError names the file and line of a syntax error."""
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: is not valid YAML: {getattr(error, 'problem', error)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections such as model: and train:, found {raw!r}")
+    return raw
+
+
+def to_yaml(config: Strict) -> str:
+    """The fully resolved config as YAML, in the schema's order."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """`meaning` fields on which two configs disagree: (key, old value, new value)."""
+    mine, theirs = dict(_meanings(old)), dict(_meanings(new))
+    return [(k, mine.get(k), theirs.get(k)) for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in 90s, 10m, 24h or 3d."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip())
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"{text!r} is not a duration such as 90s, 10m, 24h or 3d")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def _tagged_union(table: Mapping[str, type[Strict]], tag: str) -> Any:
+    members = tuple(dict.fromkeys(table.values()))
+    return Annotated[Union[members], Field(discriminator=tag)] if len(members) > 1 else members[0]  # noqa: UP007
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one dotted key of a raw mapping from ``key=value``; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r}: expected key=value, for example train.steps=100")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"{override!r}: the value is not valid YAML; quote it") from None
+    *parents, leaf = key.split(".")
+    node = reduce(_descend, parents, raw)
+    if not isinstance(node, dict):
+        raise ConfigError(f"{key}: {'.'.join(parents)} is a single value, not a section")
+    node[leaf] = value
+
+
+def _descend(node: Any, part: str) -> Any:
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return node[int(part)]
+    if not isinstance(node, dict):
+        raise ConfigError(f"{part}: its parent is a single value, not a section")
+    if node.get(part) is None:
+        node[part] = {}
+    return node[part]
+
+
+def _describe(error: ValidationError, schema: type[Strict], where: str) -> str:
+    lines: dict[str, list[str]] = {}
+    for e in error.errors(include_url=False):
+        key, owner, rest = _resolve(schema, e["loc"])
+        lines.setdefault(key, []).append(_one_line(e, key, owner, rest))
+    first, *others = lines.values()
+    # A union reports one error for each member that it tried: join what would have been allowed.
+    text = " or ".join([first[0], *(line.rpartition("; ")[2] for line in first[1:])])
+    return f"{where}: {text}" + (f" (and {len(others)} more)" if others else "")
+
+
+def _one_line(e: Any, key: str, owner: type[Strict] | None, unknown: str) -> str:
+    kind, given = e["type"], e.get("input")
+    if kind == "extra_forbidden":
+        known = list(owner.model_fields) if owner else []
+        close = difflib.get_close_matches(unknown, known, n=1)
+        return f"{key}: unknown key; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}")
+    if kind == "missing":
+        return f"{key}: is required and missing"
+    if kind.startswith("union_tag"):
+        allowed = e.get("ctx", {}).get("expected_tags", "")
+        tag = e.get("ctx", {}).get("discriminator", "").strip("'")
+        named = given.get(tag) if isinstance(given, dict) else given
+        return f"{key}.{tag}: got {named!r}, expected one of {allowed}"
+    message = e["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{key}: {message}"
+    return f"{key}: got {given!r} ({type(given).__name__}); {message[0].lower()}{message[1:]}"
+
+
+def _resolve(schema: type[Strict], loc: tuple[int | str, ...]) -> tuple[str, type[Strict] | None, str]:
+    """(dotted key without union tags, the section class that holds the last part, the last part)."""
+    owner: type[Strict] | None = schema
+    parts: list[str] = []
+    choices: list[type[Strict]] = []
+    for part in loc:
+        tagged = [c for c in choices if len(choices) > 1 and part in _tags(c)]
+        if tagged:
+            owner, choices = tagged[0], []
+            continue
+        if choices:
+            owner = choices[0]
+        is_key = isinstance(part, int) or owner is None or part in owner.model_fields or not _is_type_tag(str(part))
+        if not is_key:
+            continue
+        parts.append(str(part))
+        field = owner.model_fields.get(str(part)) if owner else None
+        choices = list(_sections(field.annotation)) if field else choices
+    return ".".join(parts), owner, parts[-1] if parts else ""
+
+
+def _is_type_tag(part: str) -> bool:
+    """Pydantic adds the tried member of a plain union to the location: 'int', "literal['auto']", ..."""
+    return part in ("int", "float", "str", "bool") or "[" in part
+
+
+def _tags(section: type[Strict]) -> tuple[Any, ...]:
+    for name in ("family", "name"):
+        if name in section.model_fields:
+            return getattr(section.model_fields[name].annotation, "__args__", ())
+    return ()
+
+
+def _sections(annotation: Any) -> Iterator[type[Strict]]:
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _sections(inner)
+
+
+def _meanings(section: Strict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of every leaf in which two runs must agree."""
+    for name, field in type(section).model_fields.items():
+        value, key = getattr(section, name), f"{prefix}{name}"
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("role") == "free":
+            continue
+        if isinstance(value, Strict):
+            yield from _meanings(value, f"{key}.")
+        elif isinstance(value, list) and value and all(isinstance(v, Strict) for v in value):
+            for index, item in enumerate(value):
+                yield from _meanings(item, f"{key}.{index}.")
+        else:
+            yield key, value

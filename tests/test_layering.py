@@ -1,0 +1,155 @@
+"""The rooms of the package have an order: a lower room never imports a higher one, nor a sibling of its own tier.
+
+Every import counts, also lazy ones inside functions, those under TYPE_CHECKING, relative ones, and names given
+as text to `importlib.import_module`. The check reads the source and imports nothing.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "shardwright"
+
+# Lowest first. Rooms of one tier are siblings and import each other only in the foundation.
+TIERS: tuple[tuple[str, ...], ...] = (
+    ("config", "log", "hardware", "configs"),
+    ("model", "objective", "parallel"),
+    ("data", "checkpoint", "estimate"),
+    ("interop", "adapt"),
+    ("train",),
+    ("planner", "serve"),
+    ("launcher",),
+)
+RANK = {room: rank for rank, rooms in enumerate(TIERS) for room in rooms}
+FOUNDATION = 0
+
+# The package's own front door (`shardwright.load`, `python -m shardwright`) reaches every room, and no room may use
+# it to reach another: from the package itself only this may be taken.
+FRONT_DOORS = {"__init__", "__main__"}
+NEUTRAL_NAMES = {"__version__"}
+
+
+def room_of(path: Path, package: Path) -> str:
+    """The room a source file belongs to: the first part of its path inside the package."""
+    return path.relative_to(package).with_suffix("").parts[0]
+
+
+def absolute(node: ast.ImportFrom, path: Path, package: Path) -> str:
+    """The module a `from ... import` names, with leading dots resolved against the file's place."""
+    if node.level == 0:
+        return node.module or ""
+    parts = path.relative_to(package.parent).with_suffix("").parts[: -node.level]
+    return ".".join([*parts, *([node.module] if node.module else [])])
+
+
+def names_used(tree: ast.AST, path: Path, package: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything a file imports or reaches through the bare package name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = absolute(node, path, package)
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == package.name:
+            yield node.lineno, f"{package.name}.{node.attr}"
+        elif isinstance(node, ast.Call) and called_name(node) in {"import_module", "__import__", "find_spec", "files"}:
+            texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            yield from ((node.lineno, text) for text in texts[:1])
+
+
+def called_name(node: ast.Call) -> str:
+    """The last part of what a call calls: `importlib.import_module(...)` gives `import_module`."""
+    return getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+
+def complaint(own: str, dotted: str, package: str) -> str | None:
+    """Why a file of room `own` may not use `dotted`; None where it may."""
+    parts = dotted.split(".")
+    if parts[0] != package or len(parts) == 1:
+        return None
+    other = parts[1]
+    if other == own or other in NEUTRAL_NAMES:
+        return None
+    if other not in RANK:
+        return f"{dotted} is not a room; take what you need from the room that has it"
+    if RANK[other] > RANK[own]:
+        return f"{own} is below {other}"
+    if RANK[other] == RANK[own] != FOUNDATION:
+        return f"{own} and {other} are siblings"
+    return None
+
+
+def violations(package: Path) -> list[str]:
+    """Every forbidden import of a package, as `file:line: reason`; empty when the order holds."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        own = room_of(path, package)
+        where = path.relative_to(package.parent)
+        if own in FRONT_DOORS:
+            continue
+        if own not in RANK:
+            found.append(f"{where}: `{own}` has no place in TIERS")
+            continue
+        tree = ast.parse(path.read_text("utf-8"), str(path))
+        for line, dotted in sorted(set(names_used(tree, path, package))):
+            reason = complaint(own, dotted, package.name)
+            if reason:
+                found.append(f"{where}:{line}: {reason}")
+    return found
+
+
+def test_the_package_keeps_its_order() -> None:
+    """The package as it is."""
+    assert len(list(PACKAGE.rglob("*.py"))) > 10
+    assert violations(PACKAGE) == []
+
+
+def plant(root: Path, file: str, source: str) -> list[str]:
+    """Violations of a little package of the same name in which `file` holds `source`."""
+    package = root / "shardwright"
+    for name in ("__init__.py", "model/__init__.py", "train/run.py", "data/shards.py", file):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).touch()
+    (package / file).write_text(source, "utf-8")
+    return violations(package)
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "reason"),
+    [
+        ("model/gpt.py", "from shardwright.train.run import train", "model is below train"),
+        ("model/gpt.py", "import shardwright.launcher.cli as cli", "model is below launcher"),
+        ("model/gpt.py", "def f():\n    from shardwright.data import shards", "model is below data"),
+        ("model/gpt.py", "from ..parallel import mesh", "model and parallel are siblings"),
+        ("model/deep/gpt.py", "from ...train.run import x", "model is below train"),
+        ("model/gpt.py", "from .. import train", "model is below train"),
+        ("model/gpt.py", "if TYPE_CHECKING:\n    from shardwright.serve import x", "model is below serve"),
+        ("model/gpt.py", "import importlib\nimportlib.import_module('shardwright.train')", "model is below train"),
+        ("model/gpt.py", "from shardwright import data", "model is below data"),
+        ("model/gpt.py", "import shardwright\nshardwright.train", "model is below train"),
+        ("data/pack.py", "from shardwright.checkpoint import save", "data and checkpoint are siblings"),
+        ("data/pack.py", "from shardwright import load", "load is not a room"),
+        ("config.py", "from shardwright.model import families", "config is below model"),
+        ("attic/old.py", "", "`attic` has no place in TIERS"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str, reason: str) -> None:
+    """The check is worth something only if it fails where it should."""
+    found = plant(tmp_path, file, source)
+    assert len(found) == 1 and reason in found[0], found
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("train/step.py", "from shardwright.model import gpt\nfrom shardwright import __version__"),
+        ("train/step.py", "from . import run\nfrom ..data.shards import Shard\nimport torch.nn, os.path"),
+        ("hardware.py", "from shardwright.config import ConfigError"),
+        ("__init__.py", "def load(path):\n    from shardwright.launcher import cli"),
+    ],
+)
+def test_allowed_imports_pass(tmp_path: Path, file: str, source: str) -> None:
+    """Downward, inside a room, inside the foundation, and from the front door."""
+    assert plant(tmp_path, file, source) == []
