@@ -1,0 +1,1 @@
+"""Transformer language models as plain single-device modules; nothing here knows of layouts, data or training."""

@@ -1,0 +1,172 @@
+"""Causal self-attention with any number of key heads, its masks, and the cache that generation keeps.
+
+Used by the blocks of transformer.py. Shapes: B batch, T tokens, S keys, D width, H heads, K key heads,
+d head width. Head counts are read off the tensors, so a module that holds some of the heads just works.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shardwright.model import cpu_kernels
+from shardwright.model.layers import Linear, build_norm, join, linear
+from shardwright.model.position import rotate
+
+
+class Core(nn.Module):
+    """Scaled dot-product attention alone; a module, so that a layout may put another in its place."""
+
+    def __init__(self, dropout: float = 0.0, scale: float | None = None) -> None:
+        super().__init__()
+        self.dropout, self.scale = dropout, scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """q [B, H, T, d], k and v [B, K, S, d], mask [B, 1, T, S] bool or additive -> [B, H, T, d]."""
+        dropout = self.dropout if self.training else 0.0
+        if _suits_cpu_kernel(q, k, mask, causal, dropout):
+            groups = q.shape[1] // k.shape[1]
+            if groups > 1:
+                k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+            return cpu_kernels.CausalAttention.apply(q, k, v, mask, self.scale or q.shape[-1] ** -0.5)
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=causal and mask is None,
+            scale=self.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+
+
+class Attention(nn.Module):
+    """Multi-, grouped- or single-head attention with optional rotary positions and q/k norms.
+
+    `fused` runs q, k and v as one GEMM; set it False where the projections must be called as modules.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        qkv_bias: bool,
+        out_bias: bool,
+        qk_norm: str | None = None,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q = Linear(width, heads * head_dim, bias=qkv_bias)
+        self.k = Linear(width, kv_heads * head_dim, bias=qkv_bias)
+        self.v = Linear(width, kv_heads * head_dim, bias=qkv_bias)
+        self.q_norm = build_norm(qk_norm, head_dim, eps=norm_eps, bias=False) if qk_norm else None
+        self.k_norm = build_norm(qk_norm, head_dim, eps=norm_eps, bias=False) if qk_norm else None
+        self.core = Core(dropout, scale)
+        self.out = Linear(heads * head_dim, width, bias=out_bias)
+        self.fused = True
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, D] -> q [B, T, H, d], k and v [B, T, K, d]."""
+        if self.fused:
+            sizes = [p.weight.shape[0] for p in (self.q, self.k, self.v)]
+            parts = linear(x, *join([self.q, self.k, self.v])).split(sizes, dim=-1)
+        else:
+            parts = (self.q(x), self.k(x), self.v(x))
+        q, k, v = (p.unflatten(-1, (-1, self.head_dim)) for p in parts)
+        return q, k, v
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = True,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        q, k, v = self.project(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if cos is not None and sin is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = self.core(q, k, v, mask, causal)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def _suits_cpu_kernel(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> bool:
+    """Compiled training in bf16 on a CPU, where torch's own backward kernel is slow."""
+    return (
+        cpu_kernels.use_cpu_kernels(q)
+        and q.dtype == torch.bfloat16
+        and causal
+        and dropout == 0.0
+        and q.shape[2] == k.shape[2]
+        and (mask is None or mask.dtype == q.dtype)
+    )
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as what is added to scores: 0 where attended, -inf elsewhere."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """[B, 1, T, T], true where key and query share a document number of [B, T] and the key is not later."""
+    same = documents.unsqueeze(2) == documents.unsqueeze(1)
+    return same.tril_().unsqueeze(1)
+
+
+def padding_mask(attention_mask: Tensor, past: int = 0) -> Tensor:
+    """Causal [B, 1, T, S] that hides keys where `attention_mask` [B, S] is 0; every query sees itself at least."""
+    keys = attention_mask.bool()[:, None, None, :]
+    size = attention_mask.shape[1]
+    index = torch.arange(size, device=attention_mask.device)
+    query = index[past:, None]
+    return (keys & (index <= query)) | (index == query)
+
+
+class LayerCache:
+    """Keys and values of the tokens that one layer has seen, in memory reserved once."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.length = size, 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, K, T, d] of new tokens; returns all that is stored, [B, K, S, d]."""
+        if self._keys is None or self._values is None:
+            shape = (k.shape[0], k.shape[1], self.size, k.shape[3])
+            self._keys, self._values = k.new_empty(shape), v.new_empty(shape)
+        stop = self.length + k.shape[2]
+        assert stop <= self.size, "more tokens than the cache was made for"
+        self._keys[:, :, self.length : stop] = k
+        self._values[:, :, self.length : stop] = v
+        self.length = stop
+        return self._keys[:, :, :stop], self._values[:, :, :stop]
+
+
+class Cache:
+    """One LayerCache a block, for `size` tokens."""
+
+    def __init__(self, layers: int, size: int) -> None:
+        self.size = size
+        self.layers = [LayerCache(size) for _ in range(layers)]
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far."""
+        return self.layers[0].length

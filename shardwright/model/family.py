@@ -1,0 +1,55 @@
+"""What a family is: its config class, how to build it, and its Hugging Face map as data.
+
+A family's own file makes one `Family`; families.py merges them into a table; interop/huggingface.py reads the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardwright.model.transformer import LanguageModel, TransformerConfig
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """One tensor of theirs is ours laid one after the other along dim 0, and transposed if so said.
+
+    `{n}` in a name stands for the number of a layer.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    transpose: bool = False
+
+
+@dataclass(frozen=True)
+class HuggingFaceMap:
+    """How a family is written in Hugging Face's names.
+
+    architecture, model_type: what config.json says.
+    fields: our config field -> their key, values equal.
+    values: our config field -> (their key, {our value: their value}).
+    ours: config fields of ours that their format cannot say otherwise.
+    theirs: their keys that must have these values, or be absent.
+    tensors: every tensor. ignored: endings of buffers that carry nothing.
+    """
+
+    architecture: str
+    model_type: str
+    fields: Mapping[str, str]
+    tensors: tuple[TensorRule, ...]
+    values: Mapping[str, tuple[str, Mapping[Any, Any]]] = field(default_factory=dict)
+    ours: Mapping[str, Any] = field(default_factory=dict)
+    theirs: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One line of the family table."""
+
+    config: type[TransformerConfig]
+    build: Callable[[Any], LanguageModel]
+    huggingface: HuggingFaceMap | None = None

@@ -1,0 +1,96 @@
+"""First values of every parameter, by the name of a scheme and the name of the parameter.
+
+Each parameter has a generator of its own, keyed by (seed, name), so its value does not depend on the layout, on
+the order of creation, or on which other parameters exist. Norms start at one and biases at zero in all schemes.
+Shapes: D width, F feed-forward width, H heads, d head width, V vocabulary; a weight is [out, in].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from shardwright.model.transformer import TransformerConfig
+
+# (config, last part of the name such as "q" or "tokens", shape) -> standard deviation.
+Scheme = Callable[[TransformerConfig, str, torch.Size], float]
+
+EMBEDDINGS = ("tokens", "positions")
+RESIDUAL = ("out", "down")  # what adds to the residual stream
+
+
+def _gpt2(config: TransformerConfig, part: str, shape: torch.Size) -> float:
+    """N(0, 0.02), what enters the residual stream divided by sqrt(2 layers) (Radford et al. 2019)."""
+    return config.init_std / (math.sqrt(2 * config.layers) if part in RESIDUAL else 1.0)
+
+
+def _xavier(config: TransformerConfig, part: str, shape: torch.Size) -> float:
+    """Variance 2 / (in + out), drawn uniformly (Glorot & Bengio 2010); vectors of tokens N(0, 1 / D)."""
+    return config.width**-0.5 if part in EMBEDDINGS else math.sqrt(2 / (shape[0] + shape[1]))
+
+
+def _he(config: TransformerConfig, part: str, shape: torch.Size) -> float:
+    """Variance 2 / in (He et al. 2015); vectors of tokens N(0, 1 / D)."""
+    return config.width**-0.5 if part in EMBEDDINGS else math.sqrt(2 / shape[1])
+
+
+def _t5(config: TransformerConfig, part: str, shape: torch.Size) -> float:
+    """Variance 1 / in, embeddings and a free head N(0, 1) (Raffel et al. 2020, Mesh TensorFlow).
+
+    T5 also divides q by sqrt(d), in place of the 1 / sqrt(d) of the scores; here the scores have theirs.
+    """
+    return 1.0 if part in (*EMBEDDINGS, "head") else shape[1] ** -0.5
+
+
+def _small(config: TransformerConfig, part: str, shape: torch.Size) -> float:
+    """sqrt(2 / 5D), what enters the residual stream 2 / (layers sqrt(D)) (Nguyen & Salazar 2019; Wang 2021)."""
+    if part in RESIDUAL:
+        return 2 / (config.layers * math.sqrt(config.width))
+    return math.sqrt(2 / (5 * config.width))
+
+
+def _fan_in(config: TransformerConfig, part: str, shape: torch.Size) -> float:
+    """Variance 1 / in, what enters the residual stream 0, embeddings and a free head N(0, init_std)."""
+    if part in RESIDUAL:
+        return 0.0
+    return config.init_std if part in (*EMBEDDINGS, "head") else shape[1] ** -0.5
+
+
+SCHEMES: dict[str, Scheme] = {
+    "gpt2": _gpt2,
+    "xavier": _xavier,
+    "he": _he,
+    "t5": _t5,
+    "small": _small,
+    "fan_in": _fan_in,
+}
+
+
+def initial_value(config: TransformerConfig, name: str, shape: torch.Size, seed: int) -> Tensor:
+    """The float32 value on the CPU that parameter `name` starts from, whole."""
+    *_, part, leaf = name.split(".")
+    if leaf == "bias":
+        return torch.zeros(shape)
+    if part.endswith("norm"):
+        return torch.ones(shape)
+    std = SCHEMES[config.init](config, part, shape)
+    value = torch.empty(shape)
+    if config.init == "xavier" and part not in EMBEDDINGS:
+        return value.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=_generator(seed, name))
+    return value.normal_(std=std, generator=_generator(seed, name))
+
+
+@torch.no_grad()
+def apply_init(model: nn.Module, config: TransformerConfig, seed: int) -> None:
+    """Set every parameter of `model` from its name and `seed`."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(config, name, parameter.shape, seed))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

@@ -1,0 +1,118 @@
+"""Llama (Touvron et al. 2023, Llama 2; Grattafiori et al. 2024, Llama 3): rotary, RMSNorm, SwiGLU, grouped queries.
+
+A line of families.py. Also the home of a modern recipe: `qk_norm`, a tied head or another activation are options.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from shardwright.config import meaning
+from shardwright.model.family import Family, HuggingFaceMap, TensorRule
+from shardwright.model.transformer import ActivationName, LanguageModel, TransformerConfig
+
+
+class LlamaConfig(TransformerConfig):
+    """Llama 2's choices; the sizes of Llama 3 bring their own base and length."""
+
+    SIZES: ClassVar[dict[str, dict[str, Any]]] = {
+        "2-7B": {"layers": 32, "width": 4096, "heads": 32, "mlp_width": 11008},
+        "2-13B": {"layers": 40, "width": 5120, "heads": 40, "mlp_width": 13824},
+        "2-70B": {"layers": 80, "width": 8192, "heads": 64, "kv_heads": 8, "mlp_width": 28672},
+        "3-8B": {
+            "layers": 32,
+            "width": 4096,
+            "heads": 32,
+            "kv_heads": 8,
+            "mlp_width": 14336,
+            "max_length": 8192,
+            "rope_theta": 500000.0,
+        },
+        "3-70B": {
+            "layers": 80,
+            "width": 8192,
+            "heads": 64,
+            "kv_heads": 8,
+            "mlp_width": 28672,
+            "max_length": 8192,
+            "rope_theta": 500000.0,
+        },
+    }
+
+    family: Literal["llama"] = meaning("llama", "Model family")
+    max_length: int = meaning(4096, "Longest sequence", ge=1)
+    positions: Literal["learned", "sinusoidal", "rotary", "none"] = meaning("rotary", "How positions enter")
+    norm: Literal["layer", "rms"] = meaning("rms", "Kind of norm")
+    activation: ActivationName = meaning("swiglu", "Feed-forward activation")
+    qkv_bias: bool = meaning(False, "Biases of q, k and v")
+    out_bias: bool = meaning(False, "Bias of the attention's output")
+    mlp_bias: bool = meaning(False, "Biases of the feed-forward layer")
+    tied: bool = meaning(False, "The head is the token embedding")
+
+
+def _layer(theirs: str, ours: str) -> tuple[TensorRule, TensorRule]:
+    """Weight and, where there is one, bias of a part of a layer."""
+    return (
+        TensorRule(f"model.layers.{{n}}.{theirs}.weight", (f"blocks.{{n}}.{ours}.weight",)),
+        TensorRule(f"model.layers.{{n}}.{theirs}.bias", (f"blocks.{{n}}.{ours}.bias",)),
+    )
+
+
+HUGGINGFACE = HuggingFaceMap(
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    fields={
+        "vocab_size": "vocab_size",
+        "layers": "num_hidden_layers",
+        "width": "hidden_size",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "mlp_width": "intermediate_size",
+        "max_length": "max_position_embeddings",
+        "norm_eps": "rms_norm_eps",
+        "attention_dropout": "attention_dropout",
+        "qkv_bias": "attention_bias",
+        "out_bias": "attention_bias",
+        "mlp_bias": "mlp_bias",
+        "init_std": "initializer_range",
+        "tied": "tie_word_embeddings",
+        "rope_theta": "rope_theta",
+    },
+    values={
+        "activation": (
+            "hidden_act",
+            {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_pytorch_tanh", "reglu": "relu"},
+        )
+    },
+    ours={
+        "positions": "rotary",
+        "norm": "rms",
+        "norm_weight": True,
+        "norm_placement": "pre",
+        "embed_norm": False,
+        "qk_norm": False,
+        "head_bias": False,
+        "scale_embedding": False,
+        "logit_softcap": None,
+        "embed_dropout": 0.0,
+        "residual_dropout": 0.0,
+    },
+    tensors=(
+        TensorRule("model.embed_tokens.weight", ("embed.tokens.weight",)),
+        *_layer("input_layernorm", "attention_norm"),
+        *_layer("self_attn.q_proj", "attention.q"),
+        *_layer("self_attn.k_proj", "attention.k"),
+        *_layer("self_attn.v_proj", "attention.v"),
+        *_layer("self_attn.o_proj", "attention.out"),
+        *_layer("post_attention_layernorm", "mlp_norm"),
+        *_layer("mlp.gate_proj", "mlp.gate"),
+        *_layer("mlp.up_proj", "mlp.up"),
+        *_layer("mlp.down_proj", "mlp.down"),
+        TensorRule("model.norm.weight", ("final_norm.weight",)),
+        TensorRule("lm_head.weight", ("head.weight",)),
+    ),
+    ignored=(".rotary_emb.inv_freq",),
+)
+
+FAMILY = Family(LlamaConfig, LanguageModel, HUGGINGFACE)

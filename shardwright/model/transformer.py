@@ -1,0 +1,334 @@
+"""The decoder language model: embedding, a stack of blocks, a head, assembled from one typed config.
+
+Stands on the other files of the model room; a family (gpt2.py, llama.py, ...) is a set of defaults for
+`TransformerConfig`. What a forward pass needs beyond the activations is built once and handed to each block
+as a `Context` of tensors, so that all blocks are one compiled graph and no block reads the host.
+Shapes: B batch, T tokens, D width, V vocabulary, S keys (T, or more with a cache).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from shardwright.config import ModelConfig, meaning
+from shardwright.model import position
+from shardwright.model.attention import Attention, Cache, LayerCache, as_bias, document_mask, padding_mask
+from shardwright.model.dropout import Dropout, layer_keys, token_keys
+from shardwright.model.layers import ACTIVATIONS, MLP, build_norm
+
+ActivationName = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh", "reglu"]
+
+
+class TransformerConfig(ModelConfig):
+    """Shape and choices of a Transformer stack; a family gives its own defaults and sizes."""
+
+    SIZES: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    size: str | None = meaning(None, "A published size of the family; fields given beside it win")
+    layers: int = meaning(12, "Blocks", ge=1)
+    width: int = meaning(768, "Width of the residual stream", ge=1)
+    heads: int = meaning(12, "Query heads", ge=1)
+    kv_heads: int | None = meaning(None, "Key and value heads; null is one for each query head", ge=1)
+    head_dim: int | None = meaning(None, "Width of a head; null is width / heads", ge=1)
+    mlp_width: int | None = meaning(None, "Feed-forward width; null is 4 x width, or 8/3 rounded up if gated", ge=1)
+    max_length: int = meaning(1024, "Longest sequence", ge=1)
+    positions: Literal["learned", "sinusoidal", "rotary", "none"] = meaning("learned", "How positions enter")
+    rope_theta: float = meaning(10000.0, "Base of the rotary angles", gt=0)
+    norm: Literal["layer", "rms"] = meaning("layer", "Kind of norm")
+    norm_eps: float = meaning(1e-5, "Added to the variance", gt=0)
+    norm_weight: bool = meaning(True, "Norms have a weight")
+    norm_bias: bool = meaning(True, "Layer norms have a bias")
+    norm_placement: Literal["pre", "post"] = meaning("pre", "Norm before each part, or after its addition")
+    embed_norm: bool = meaning(False, "A norm after the embedding")
+    qk_norm: bool = meaning(False, "Norm of each head's queries and keys")
+    activation: ActivationName = meaning("gelu_tanh", "Feed-forward activation")
+    qkv_bias: bool = meaning(True, "Biases of q, k and v")
+    out_bias: bool = meaning(True, "Bias of the attention's output")
+    mlp_bias: bool = meaning(True, "Biases of the feed-forward layer")
+    head_bias: bool = meaning(False, "Bias of the head")
+    tied: bool = meaning(True, "The head is the token embedding")
+    scale_embedding: bool = meaning(False, "Token vectors times the root of the width")
+    logit_softcap: float | None = meaning(None, "Logits become cap x tanh(logits / cap)", gt=0)
+    embed_dropout: float = meaning(0.0, "Dropout after the embedding", ge=0, lt=1)
+    residual_dropout: float = meaning(0.0, "Dropout of what attention and feed-forward add", ge=0, lt=1)
+    attention_dropout: float = meaning(0.0, "Dropout of attention probabilities; not layout-independent", ge=0, lt=1)
+    init: Literal["gpt2", "xavier", "he", "t5", "small", "fan_in"] = meaning("gpt2", "Initialisation")
+    init_std: float = meaning(0.02, "Standard deviation of the gpt2 initialisation", gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_size(cls, raw: Any) -> Any:
+        size = raw.get("size") if isinstance(raw, dict) else None
+        if not isinstance(size, str):
+            return raw
+        if size not in cls.SIZES:
+            raise ValueError(f"size {size!r}: expected one of {', '.join(cls.SIZES) or 'none: it has no sizes'}")
+        return {**cls.SIZES[size], **raw}
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> TransformerConfig:
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide width={self.width}; change one or give head_dim")
+        if self.heads % self.num_kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+        if self.positions == "rotary" and self.head_width % 2:
+            raise ValueError(f"rotary positions need an even head_dim, not {self.head_width}")
+        if self.positions == "sinusoidal" and self.width % 2:
+            raise ValueError(f"sinusoidal positions need an even width, not {self.width}")
+        return self
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def hidden_width(self) -> int:
+        """Feed-forward width; gated ones keep the parameters of 4 x width, in multiples of 256 (Llama's rule)."""
+        if self.mlp_width:
+            return self.mlp_width
+        return 256 * math.ceil(8 * self.width / 3 / 256) if self.gated else 4 * self.width
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer has a gate."""
+        return ACTIVATIONS[self.activation].gated
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a forward pass in training needs the keys of stateless dropout."""
+        return self.embed_dropout > 0 or self.residual_dropout > 0
+
+
+class Inputs(NamedTuple):
+    """What a forward pass is given. Only the token ids are needed; the rest defaults to one document a row."""
+
+    input_ids: Tensor  # [B, T] int64
+    position_ids: Tensor | None = None  # [B, T] int64, position in the document; default 0..T-1
+    documents: Tensor | None = None  # [B, T] integer segment in the row; attention stays inside a segment
+    attention_mask: Tensor | None = None  # [B, S], 0 where a key is padding
+    sequence: Tensor | None = None  # [B] int64 sequence numbers, for dropout; default 0..B-1
+    step: int | Tensor = 0  # for dropout
+    seed: int = 0  # for dropout
+    row_index: Tensor | None = None  # [T] or [B, T] place in the row, for dropout; default 0..T-1
+
+
+class Context(NamedTuple):
+    """What every block of one forward pass shares; built once by `LanguageModel.context`."""
+
+    position_ids: Tensor  # [B or 1, T] int64
+    mask: Tensor | None = None  # [B, 1, T, S], true (or 0 against -inf) where attended; holds the causal rule too
+    causal: bool = True  # no query sees a later key; where mask is None the kernel's own rule does that
+    cos: Tensor | None = None  # [B or 1, T, 1, d/2] float32
+    sin: Tensor | None = None
+    token_keys: Tensor | None = None  # [B, T] int64, where dropout is on
+    layer_keys: Tensor | None = None  # [layers + 1] int64; a block is handed its own, so this is None there
+
+
+class Embed(nn.Module):
+    """Token vectors, with positions added where they are vectors."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.width)
+        learned = config.positions == "learned"
+        self.positions = nn.Embedding(config.max_length, config.width) if learned else None
+        self.sinusoidal = config.positions == "sinusoidal"
+        self.scale = math.sqrt(config.width) if config.scale_embedding else 1.0
+        self.norm = _build_norm(config) if config.embed_norm else None
+        self.dropout = Dropout(config.embed_dropout, site=0)
+
+    def forward(self, input_ids: Tensor, context: Context, layer_key: Tensor | None = None) -> Tensor:
+        """ids [B, T] -> [B, T, D]."""
+        x = self.tokens(input_ids)
+        if self.scale != 1.0:
+            x = x * self.scale
+        if self.positions is not None:
+            x = x + self.positions(context.position_ids)
+        if self.sinusoidal:
+            x = x + position.sinusoidal(context.position_ids, x.shape[-1]).to(x.dtype)
+        if self.norm is not None:
+            x = self.norm(x)
+        return self.dropout(x, context.token_keys, layer_key)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): the pre-norm block of GPT-2 and after."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = _build_norm(config)
+        self.attention = Attention(
+            config.width,
+            config.heads,
+            config.num_kv_heads,
+            config.head_width,
+            qkv_bias=config.qkv_bias,
+            out_bias=config.out_bias,
+            qk_norm=config.norm if config.qk_norm else None,
+            norm_eps=config.norm_eps,
+            dropout=config.attention_dropout,
+        )
+        self.mlp_norm = _build_norm(config)
+        self.mlp = MLP(config.width, config.hidden_width, config.activation, bias=config.mlp_bias)
+        self.attention_dropout = Dropout(config.residual_dropout, site=1)
+        self.mlp_dropout = Dropout(config.residual_dropout, site=2)
+
+    def attend(self, x: Tensor, context: Context, layer_key: Tensor | None, cache: LayerCache | None) -> Tensor:
+        """What attention adds to the residual stream."""
+        y = self.attention(
+            x, mask=context.mask, causal=context.causal, cos=context.cos, sin=context.sin, cache=cache
+        )
+        return self.attention_dropout(y, context.token_keys, layer_key)
+
+    def feed(self, x: Tensor, context: Context, layer_key: Tensor | None) -> Tensor:
+        """What the feed-forward layer adds to the residual stream."""
+        return self.mlp_dropout(self.mlp(x), context.token_keys, layer_key)
+
+    def forward(
+        self, x: Tensor, context: Context, layer_key: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x = x + self.attend(self.attention_norm(x), context, layer_key, cache)
+        return x + self.feed(self.mlp_norm(x), context, layer_key)
+
+
+class PostNormBlock(Block):
+    """norm(x + attention(x)), then norm(x + mlp(x)): the block of the original Transformer."""
+
+    def forward(
+        self, x: Tensor, context: Context, layer_key: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x = self.attention_norm(x + self.attend(x, context, layer_key, cache))
+        return self.mlp_norm(x + self.feed(x, context, layer_key))
+
+
+class LanguageModel(nn.Module):
+    """A decoder with a language-model head. A part of it (a pipeline stage) has the other modules set to None."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError("model.vocab_size=0: fill in the tokenizer's size before the model is built")
+        self.config = config
+        block = Block if config.norm_placement == "pre" else PostNormBlock
+        self.embed: Embed | None = Embed(config)
+        self.blocks = nn.ModuleDict({str(n): block(config) for n in range(config.layers)})
+        # A post-norm stack ends in a norm already.
+        self.final_norm: nn.Module | None = _build_norm(config) if config.norm_placement == "pre" else None
+        free = not config.tied or config.head_bias
+        self.head: Head | None = Head(config) if free else None
+
+    def layers(self) -> list[tuple[str, nn.Module]]:
+        """The parts in the order of the forward pass, by name; slices of it are pipeline stages."""
+        parts: list[tuple[str, nn.Module | None]] = [("embed", self.embed)]
+        parts += [(f"blocks.{n}", block) for n, block in self.blocks.items()]
+        parts += [("final_norm", self.final_norm), ("head", self.head)]
+        return [(name, module) for name, module in parts if module is not None]
+
+    def context(self, inputs: Inputs, cache: Cache | None = None) -> Context:
+        """What the blocks share, from inputs alone: every pipeline stage can build it for itself."""
+        ids, past = inputs.input_ids, cache.length if cache else 0
+        index = torch.arange(past, past + ids.shape[1], device=ids.device)
+        positions = index.unsqueeze(0) if inputs.position_ids is None else inputs.position_ids
+        mask, causal = _build_mask(inputs, past)
+        cos, sin = None, None
+        if self.config.positions == "rotary":
+            cos, sin = position.rotary(positions, self.config.head_width, self.config.rope_theta)
+        context = Context(positions, mask, causal, cos, sin)
+        if not (self.training and self.config.has_dropout):
+            return context
+        sequence = inputs.sequence
+        if sequence is None:
+            sequence = torch.arange(ids.shape[0], device=ids.device)
+        tokens = token_keys(inputs.seed, inputs.step, sequence, index if inputs.row_index is None else inputs.row_index)
+        return context._replace(token_keys=tokens, layer_keys=layer_keys(self.config.layers, ids.device))
+
+    def hidden(self, inputs: Inputs, x: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Activations [B, T, D] after the final norm; `x` [B, T, D] enters where an earlier stage left off."""
+        context = self.context(inputs, cache)
+        keys = context.layer_keys
+        context = context._replace(layer_keys=None)
+        if self.embed is not None:
+            x = self.embed(inputs.input_ids, context, None if keys is None else keys[0])
+        assert x is not None, "a stage without the embedding needs the activations of the stage before it"
+        if context.mask is not None and x.device.type == "cpu":
+            # CPU kernels want an additive mask: turn it over once, not once a block.
+            context = context._replace(mask=as_bias(context.mask, x.dtype))
+        for n, (name, block) in enumerate(self.blocks.items()):
+            key = None if keys is None else keys[int(name) + 1]
+            x = block(x, context, key, None if cache is None else cache.layers[n])
+        return x if self.final_norm is None else self.final_norm(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D], the token embedding's where tied."""
+        if self.head is not None and self.head.weight is not None:
+            return self.head.weight
+        assert self.embed is not None, "a tied head needs the embedding"
+        return self.embed.tokens.weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """[V], or None."""
+        return None if self.head is None else self.head.bias
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V], soft-capped where the config says so."""
+        logits = F.linear(hidden, self.head_weight, self.head_bias)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> dict[str, Tensor]:
+        """Logits [B, T, V] under Hugging Face's names; `documents` [B, T] keeps packed documents apart."""
+        inputs = Inputs(input_ids, position_ids, documents, attention_mask)
+        return {"logits": self.logits(self.hidden(inputs, cache=cache))}
+
+
+class Head(nn.Module):
+    """The head's own parameters: a weight where it is free, a bias where it has one."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        shape = (config.vocab_size, config.width)
+        self.weight = None if config.tied else nn.Parameter(torch.empty(shape).normal_(std=0.02))
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
+
+
+def _build_norm(config: TransformerConfig) -> nn.Module:
+    return build_norm(
+        config.norm, config.width, eps=config.norm_eps, weight=config.norm_weight, bias=config.norm_bias
+    )
+
+
+def _build_mask(inputs: Inputs, past: int) -> tuple[Tensor | None, bool]:
+    """(mask, causal): no mask where the kernel's own causal rule is enough."""
+    length = inputs.input_ids.shape[1]
+    if inputs.documents is not None:
+        assert past == 0, "packed documents and a cache do not go together"
+        mask = document_mask(inputs.documents)
+        return (mask if inputs.attention_mask is None else mask & padding_mask(inputs.attention_mask)), True
+    if inputs.attention_mask is not None:
+        return padding_mask(inputs.attention_mask, past), True
+    if past and length > 1:
+        return padding_mask(inputs.input_ids.new_ones(1, past + length), past), True
+    return None, past == 0

@@ -1,0 +1,46 @@
+"""Causal language modelling: every position predicts the next token.
+
+Shapes: B batch, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from shardwright.config import ObjectiveConfig, meaning
+from shardwright.objective.cross_entropy import Head, linear_cross_entropy
+
+
+class CausalConfig(ObjectiveConfig):
+    """`objective: {name: causal}`."""
+
+    name: Literal["causal"] = meaning("causal", "Predict the next token")
+
+
+class Causal:
+    """The loss of GPT-style models, with one term."""
+
+    #: Weight of each term in the total.
+    terms: Mapping[str, float] = {"lm": 1.0}
+
+    def __init__(self, config: CausalConfig) -> None:
+        self.config = config
+
+    def raw_length(self, length: int) -> int:
+        """Tokens of the stream that one sequence of `length` inputs needs."""
+        return length + 1
+
+    def stride(self, length: int) -> int:
+        """Distance between sequences, so that every token is a target once."""
+        return length
+
+    def count(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Denominator of each term in this micro-batch: the sum of target weights."""
+        return {"lm": batch["weights"].sum()}
+
+    def loss(self, hidden: Tensor, head: Head, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sum of each term: hidden [B,T,D] -> {"lm": scalar}."""
+        return {"lm": linear_cross_entropy(hidden, head, batch["labels"], batch["weights"])}

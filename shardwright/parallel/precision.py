@@ -1,0 +1,129 @@
+"""Number formats of a step: float32 masters, compute copies, and the loss scale of fp16.
+
+One rule for every layout: all parameters and activations are in the compute format; norms,
+softmax statistics, the loss, gradients once they reach a parameter, and the optimizer are in
+float32. Masters, gradients and copies lie in three flat buffers, so that one kernel each makes
+the copies, clears the gradients and takes their norm; nothing here reads a value on the host.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from shardwright.config import LossScaleConfig
+
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_ALIGNMENT = 64  # elements: every tensor starts on a cache line in either format
+
+
+class Masters:
+    """The logical weights in float32, with their gradients, behind the parameters of a model.
+
+    After construction the model's parameters are views of one buffer in the compute format (of the
+    masters themselves in float32). A gradient that reaches a parameter moves on at once, in float32,
+    to the master: `parameter.grad` stays None.
+    """
+
+    def __init__(self, model: nn.Module, compute: torch.dtype) -> None:
+        parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        device = parameters[0][1].device
+        offsets, size = _offsets([p.numel() for _, p in parameters])
+        self._weights = torch.zeros(size, dtype=torch.float32, device=device)
+        self._grads = torch.zeros_like(self._weights)
+        same = compute == torch.float32
+        self._copies = self._weights if same else torch.zeros(size, dtype=compute, device=device)
+        self.weights: dict[str, Tensor] = {}
+        for (name, parameter), offset in zip(parameters, offsets, strict=True):
+            self._adopt(name, parameter, offset)
+        self._untouched = dict(self.weights)
+        self.publish()
+
+    def _adopt(self, name: str, parameter: nn.Parameter, offset: int) -> None:
+        def view(flat: Tensor) -> Tensor:
+            return flat[offset : offset + parameter.numel()].view(parameter.shape)
+
+        master = view(self._weights)
+        master.copy_(parameter.detach())
+        master.grad = view(self._grads)
+        parameter.data = view(self._copies)
+        parameter.register_post_accumulate_grad_hook(partial(self._take, name))
+        self.weights[name] = master
+
+    @torch.no_grad()
+    def _take(self, name: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        accumulated = self.weights[name].grad
+        assert gradient is not None and accumulated is not None
+        if self._untouched.pop(name, None) is None:
+            accumulated.add_(gradient)
+        else:
+            accumulated.copy_(gradient)
+
+    def publish(self) -> None:
+        """Bring the model's copies up to date with the masters, after a step or a load."""
+        if self._copies is not self._weights:
+            self._copies.copy_(self._weights)
+
+    def clear(self) -> None:
+        """Forget the gradients: the next one of each parameter replaces what is there."""
+        self._untouched = dict(self.weights)
+
+    def grad_norm(self) -> Tensor:
+        """The 2-norm of all gradients, a float32 scalar on the device."""
+        for master in self._untouched.values():
+            assert master.grad is not None
+            master.grad.zero_()
+        self._untouched = {}
+        return torch.linalg.vector_norm(self._grads)
+
+    def scale_grads(self, factor: Tensor) -> None:
+        """Multiply every gradient by a scalar on the device."""
+        self._grads.mul_(factor)
+
+
+def _offsets(sizes: list[int]) -> tuple[list[int], int]:
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(end)
+        end += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return offsets, end
+
+
+class LossScaler:
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018), decided on the device.
+
+    The scale grows after `window` clean steps and falls after `hysteresis` overflows in a row, never
+    under `floor`. Without fp16 it is the constant 1.
+    """
+
+    def __init__(self, config: LossScaleConfig, device: torch.device, *, enabled: bool) -> None:
+        self.config, self.enabled = config, enabled
+        self.scale = torch.tensor(config.initial if enabled else 1.0, dtype=torch.float32, device=device)
+        self.clean = torch.zeros((), dtype=torch.int64, device=device)
+        self.overflows = torch.zeros((), dtype=torch.int64, device=device)
+
+    def update(self, overflow: Tensor) -> None:
+        """Take in whether this step overflowed (0-dim bool)."""
+        if not self.enabled:
+            return
+        config = self.config
+        self.clean = torch.where(overflow, 0, self.clean + 1)
+        self.overflows = torch.where(overflow, self.overflows + 1, 0)
+        grow, fall = self.clean >= config.window, self.overflows >= config.hysteresis
+        scale = torch.where(fall, self.scale * config.backoff, self.scale)
+        scale = torch.where(grow, scale * config.growth, scale)
+        self.scale = scale.clamp(min=config.floor)
+        self.clean = torch.where(grow, 0, self.clean)
+        self.overflows = torch.where(fall, 0, self.overflows)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Tensors a checkpoint holds."""
+        return {"scale": self.scale, "clean": self.clean, "overflows": self.overflows}
+
+    def load_state_tensors(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state_tensors` gave."""
+        for name, tensor in state.items():
+            getattr(self, name).copy_(tensor)
