@@ -1,0 +1,5 @@
+"""Data: text becomes token shards (prepare), shards become batches in a reproducible order (shards, order, stream,
+pack, loader, remote).
+
+This room sits above `model`, `objective` and `parallel` and below `interop` and `train`. Import from its modules.
+"""

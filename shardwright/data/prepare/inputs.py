@@ -1,0 +1,167 @@
+"""From what the user named to a list of files, in an order that never changes. Part of `prepare`.
+
+Files, folders, patterns, URLs of any fsspec protocol, `bundled:NAME` and `hf:NAME`.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from shardwright.config import ConfigError, RunError
+from shardwright.log import get_logger
+
+BUNDLED = Path(__file__).parent.parent / "bundled"
+COMPRESSIONS = (".gz", ".zst", ".zstd", ".xz", ".bz2")
+FORMATS = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".warc": "warc",
+    ".wet": "warc",
+    ".xml": "wikipedia",
+    ".tar": "tar",
+    ".tgz": "tar",
+    ".txz": "tar",
+}
+
+
+class InputFile(NamedTuple):
+    """One file to read."""
+
+    name: str  # as reports and the manifest call it: never an absolute path the user did not type
+    location: str  # path, URL or hf:NAME
+    size: int | None  # bytes as stored; None where only reading tells
+    changed: int | None  # time of last change in ns, local files only
+
+
+def format_of(name: str) -> str | None:
+    """Format that a file name promises, its compression aside; None for an unknown ending."""
+    path = Path(name.lower())
+    while path.suffix in COMPRESSIONS:
+        path = path.with_suffix("")
+    return FORMATS.get(path.suffix)
+
+
+def has_ending(name: str) -> bool:
+    """Whether a name, its compression aside, ends in anything that could tell a format."""
+    path = Path(name.lower())
+    while path.suffix in COMPRESSIONS:
+        path = path.with_suffix("")
+    return bool(path.suffix)
+
+
+def is_remote(location: str) -> bool:
+    """Whether reading this goes through the network or fsspec."""
+    return "://" in location or location.startswith("hf:")
+
+
+def list_inputs(named: list[str], output: Path | None = None) -> list[InputFile]:
+    """Every file behind the user's inputs, in the order given, folders and patterns sorted by name.
+
+    Files under `output` are left out. ConfigError names an input behind which there is nothing.
+    """
+    files: list[InputFile] = []
+    for item in named:
+        if item.startswith("bundled:"):
+            files.append(_bundled(item))
+        elif item.startswith("hf:"):
+            files.append(InputFile(item, item, None, None))
+        elif "://" in item:
+            files += _remote(item)
+        else:
+            files += _local(item, output)
+    return files
+
+
+def _bundled(item: str) -> InputFile:
+    path = BUNDLED / f"{item.removeprefix('bundled:')}.jsonl.gz"
+    if not path.is_file():
+        known = ", ".join(f"bundled:{p.name.removesuffix('.jsonl.gz')}" for p in sorted(BUNDLED.glob("*.jsonl.gz")))
+        raise ConfigError(f"{item}: no such bundled corpus; there are: {known or 'none in this installation'}")
+    stat = path.stat()
+    return InputFile(item, str(path), stat.st_size, stat.st_mtime_ns)
+
+
+def _local(item: str, output: Path | None) -> list[InputFile]:
+    path = Path(item).expanduser()
+    if path.is_dir():
+        found = _known(item, (p for p in sorted(path.rglob("*")) if not _hidden(p.relative_to(path))))
+        root = path
+    elif path.exists():
+        found, root = [path], path.parent
+    else:
+        names = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(item) else []
+        found, root = [Path(name) for name in names if Path(name).is_file()], Path(_fixed_part(str(path)))
+    if output is not None:
+        found = [p for p in found if output.resolve() not in p.resolve().parents]
+    if not found:
+        what = "holds no file to read" if path.is_dir() else "no such file, folder or pattern"
+        raise ConfigError(f"{item}: {what}; expected text, JSON lines, CSV, Parquet, WARC, Wikipedia XML or tar files")
+    return [_describe(p, root) for p in found]
+
+
+def _describe(path: Path, root: Path) -> InputFile:
+    if not os.access(path, os.R_OK):
+        raise ConfigError(f"{path}: no permission to read it")
+    stat = path.stat()
+    return InputFile(path.relative_to(root).as_posix(), str(path), stat.st_size, stat.st_mtime_ns)
+
+
+def _known(item: str, paths: Any) -> list[Path]:
+    """The files of a folder that end like data; the others are named once, never dropped in silence."""
+    files = [p for p in paths if p.is_file()]
+    known = [p for p in files if format_of(p.name)]
+    if len(known) < len(files):
+        other = [p.name for p in files if not format_of(p.name)]
+        get_logger().warning(
+            f"{item}: {len(other)} files of unknown ending are not read: {', '.join(other[:3])}"
+            f"{', ...' if len(other) > 3 else ''} (name them as input to read them as text)"
+        )
+    return known
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder in front of the first part of a pattern that varies."""
+    parts = Path(pattern).parts
+    fixed = next((index for index, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return str(Path(*parts[:fixed])) if fixed else "."
+
+
+def _remote(item: str) -> list[InputFile]:
+    import fsspec
+
+    try:
+        system, path = fsspec.core.url_to_fs(item)
+        if glob.has_magic(path.partition("?")[0]) and not item.startswith(("http://", "https://")):
+            paths = sorted(system.glob(path))
+        elif not item.startswith(("http://", "https://")) and system.isdir(path):
+            paths = sorted(p for p in system.find(path) if format_of(p))
+        else:
+            return [InputFile(item, item, system.info(path).get("size"), None)]
+        sizes = [system.info(p).get("size") for p in paths]
+    except ImportError as error:
+        raise ConfigError(f"{item}: {str(error).splitlines()[0]}") from None
+    except ValueError as error:
+        raise ConfigError(f"{item}: is not a URL that can be read: {error}") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{item}: there is nothing at this URL") from None
+    except Exception as error:  # each protocol has exceptions of its own
+        raise RunError(f"{item}: cannot be reached ({type(error).__name__}: {error}); run again to go on") from None
+    if not paths:
+        raise ConfigError(f"{item}: there is nothing at this URL")
+    urls = [system.unstrip_protocol(p) for p in paths]
+    return [InputFile(url, url, size, None) for url, size in zip(urls, sizes, strict=True)]

@@ -1,0 +1,287 @@
+"""From one input file to its records, streaming: memory holds one document at a time. Part of `prepare`.
+
+The format goes by the option, else by content (tar, WARC, Parquet, XML), else by the name's ending. Broken records are
+yielded as such and reading goes on behind them; a broken stream ends its file.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from shardwright.config import ConfigError, RunError
+from shardwright.data.prepare import archives
+from shardwright.data.prepare.inputs import InputFile, format_of, has_ending
+from shardwright.data.prepare.options import PrepareConfig
+from shardwright.data.prepare.records import BROKEN, END, JSON, TEXT, VALUE, BrokenInput, Found, Record
+from shardwright.data.prepare.streams import BUFFER, Tally, broken_streams, open_raw, uncompress
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def read_inputs(
+    files: list[InputFile],
+    config: PrepareConfig,
+    *,
+    first_file: int = 0,
+    behind: int = 0,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Iterator[Record]:
+    """Every record of the files in order, from record `behind` of file `first_file`; END closes each file."""
+    for number in range(first_file, len(files)):
+        records = read_file(number, files[number], config, advance)
+        for index, record in enumerate(records):
+            if number > first_file or index >= behind:
+                yield record
+
+
+def read_file(
+    number: int, file: InputFile, config: PrepareConfig, advance: Callable[[int], None] = lambda count: None
+) -> Iterator[Record]:
+    """Records of one file, the last being END with the sha256 of the stored bytes (empty for random access)."""
+    reader = Reader(config)
+    sha256 = ""
+    try:
+        if file.location.startswith("hf:"):
+            yield from (Record(number, *found) for found in reader.hugging_face(file.location))
+        else:
+            with open_raw(file.location) as raw:
+                tally = Tally(raw, advance)
+                stream: io.BufferedReader = io.BufferedReader(tally, BUFFER)
+                if stream.peek(4)[:4] == b"PAR1" or config.format == "parquet":
+                    raw.seek(0)
+                    yield from (Record(number, *found) for found in reader.parquet(raw))
+                else:
+                    try:
+                        with broken_streams(lambda: reader.where):
+                            found_records = reader.stream(uncompress(stream), file.location.partition("?")[0], "")
+                            yield from (Record(number, *found) for found in found_records)
+                    finally:
+                        while stream.read(BUFFER):
+                            pass
+                    sha256 = tally.sha256.hexdigest()
+    except BrokenInput as broken:
+        yield Record(number, broken.where, BROKEN, broken.reason)
+    yield Record(number, "end", END, sha256)
+
+
+class Reader:
+    """Finds the records of one file; `where` is the last place it reached, for reports."""
+
+    def __init__(self, config: PrepareConfig) -> None:
+        self.config = config
+        self.limit = config.max_document_mib << 20
+        self.where = "start"
+
+    def stream(self, stream: io.BufferedReader, name: str, inside: str) -> Iterator[Found]:
+        """Records of an uncompressed stream; `inside` is the tar member it is, as `a.jsonl: `, or empty."""
+        head = stream.peek(512)[:512]
+        self.where = f"{inside}start"
+        kind = self._format(head, name, bool(inside))
+        if not head:
+            yield Found(self.where, BROKEN, "the file is empty; remove it")
+        elif kind == "tar":
+            yield from self._tar(stream, inside)
+        elif kind == "text":
+            yield from self._text(stream, inside)
+        elif kind == "jsonl":
+            yield from self._json(stream, inside)
+        elif kind in ("csv", "tsv"):
+            yield from self._csv(stream, inside, "\t" if kind == "tsv" else ",")
+        elif kind == "parquet":
+            yield from self.parquet(io.BytesIO(stream.read()), inside)
+        elif kind is not None:
+            read = archives.read_warc if kind == "warc" else archives.read_wikipedia
+            for number, found in read(stream):
+                self.where = f"{inside}{number}"
+                yield Found(self.where, *found)
+
+    def _format(self, head: bytes, name: str, is_member: bool) -> str | None:
+        """Format of a stream; None for a member of a tar that is not data (an image, say)."""
+        if head[257:262] == b"ustar":
+            return "tar"
+        if self.config.format != "auto":
+            return self.config.format
+        if head.startswith(b"WARC/"):
+            return "warc"
+        if head.startswith(b"PAR1"):
+            return "parquet"
+        if head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"<mediawiki"):
+            return "wikipedia"
+        known = format_of(name)
+        if known is not None and known != "tar":
+            return known
+        return None if is_member and has_ending(name) else "text"
+
+    def _tar(self, stream: io.BufferedReader, inside: str) -> Iterator[Found]:
+        """Members of a tar one after the other, compressed ones and tars among them too (OpenWebText is built so)."""
+        import tarfile
+
+        try:
+            with tarfile.open(fileobj=stream, mode="r|") as tar:
+                for member in tar:
+                    content = tar.extractfile(member) if member.isfile() else None
+                    if content is not None:
+                        self.where = f"{inside}{member.name}: start"
+                        inner = uncompress(io.BufferedReader(content, BUFFER))  # type: ignore[arg-type]
+                        yield from self.stream(inner, member.name, f"{inside}{member.name}: ")
+        except tarfile.TarError as error:
+            raise BrokenInput(self.where, f"the tar is cut off or damaged ({error}); fetch the file again") from None
+
+    def _text(self, stream: io.BufferedReader, inside: str) -> Iterator[Found]:
+        if self.config.documents == "file":
+            data = stream.read(self.limit + 1)
+            if len(data) > self.limit:
+                yield Found(f"{inside}line 1", BROKEN, self._too_long("documents=line or paragraph, or "))
+            else:
+                yield Found(f"{inside}line 1", TEXT, data.removeprefix(BYTE_ORDER_MARK))
+        elif self.config.documents == "line":
+            for number, line in self._lines(stream, inside):
+                if line is None:
+                    yield Found(f"{inside}line {number}", BROKEN, self._too_long())
+                elif line.strip():
+                    yield Found(f"{inside}line {number}", TEXT, line)
+        else:
+            yield from self._paragraphs(stream, inside)
+
+    def _paragraphs(self, stream: io.BufferedReader, inside: str) -> Iterator[Found]:
+        gathered: list[bytes] = []
+        size = first = 0
+        for number, line in self._closed(self._lines(stream, inside)):
+            if line is None or line.strip():
+                first = first or number
+                size += self.limit + 1 if line is None else len(line)
+                if size <= self.limit and line is not None:
+                    gathered.append(line)
+                continue
+            if size > self.limit:
+                yield Found(f"{inside}line {first}", BROKEN, self._too_long())
+            elif gathered:
+                yield Found(f"{inside}line {first}", TEXT, b"".join(gathered))
+            gathered, size, first = [], 0, 0
+
+    @staticmethod
+    def _closed(lines: Iterator[tuple[int, bytes | None]]) -> Iterator[tuple[int, bytes | None]]:
+        """The lines and one blank line behind them, so that the last paragraph ends like the others."""
+        yield from lines
+        yield 0, b""
+
+    def _lines(self, stream: io.BufferedReader, inside: str) -> Iterator[tuple[int, bytes | None]]:
+        """(number, line) with None for a line over the limit."""
+        number = 0
+        while line := stream.readline(self.limit + 1):
+            number += 1
+            self.where = f"{inside}line {number}"
+            if len(line) > self.limit:
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(self.limit)
+                yield number, None
+            else:
+                yield number, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+
+    def _json(self, stream: io.BufferedReader, inside: str) -> Iterator[Found]:
+        if stream.peek(1)[:1] == b"[":
+            yield from self._json_array(stream, inside)
+            return
+        for number, line in self._lines(stream, inside):
+            where = f"{inside}line {number}"
+            if line is None:
+                yield Found(where, BROKEN, self._too_long())
+            elif line.strip():
+                yield Found(where, JSON, line.strip())
+
+    def _json_array(self, stream: io.BufferedReader, inside: str) -> Iterator[Found]:
+        """A whole file that is one JSON array; it is held in memory, so it may only be so large."""
+        most = 16 * self.limit
+        data = stream.read(most + 1)
+        if len(data) > most:
+            reason = f"a JSON array over {most >> 20} MiB is not streamed; write it as JSON lines"
+            raise BrokenInput(f"{inside}line 1", reason)
+        try:
+            items = json.loads(data)
+        except ValueError as error:
+            raise BrokenInput(f"{inside}line 1", f"not valid JSON: {error}") from None
+        for number, item in enumerate(items, 1):
+            self.where = f"{inside}item {number}"
+            yield Found(self.where, JSON, json.dumps(item).encode())
+
+    def _csv(self, stream: io.BufferedReader, inside: str, delimiter: str) -> Iterator[Found]:
+        # Bytes that are not UTF-8 travel as lone surrogates and are found, with their record, when it is cleaned.
+        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+        csv.field_size_limit(self.limit)
+        rows = csv.reader(text, delimiter=delimiter)
+        try:
+            header = next(rows, [])
+            column = self._column(header, f"{inside}line 1")
+            line = rows.line_num + 1
+            for row in rows:
+                self.where = f"{inside}line {line}"
+                if len(row) > column:
+                    yield Found(self.where, VALUE, row[column])
+                elif row:
+                    yield Found(self.where, BROKEN, f"{len(row)} columns, expected {len(header)} as in the header")
+                line = rows.line_num + 1
+        except csv.Error as error:
+            raise BrokenInput(f"{inside}line {rows.line_num}", f"not valid CSV: {error}") from None
+        finally:
+            text.detach()
+
+    def _column(self, names: list[str], where: str) -> int:
+        field = self.config.text_field
+        if field not in names:
+            listed = ", ".join(names[:8])
+            raise BrokenInput(where, f"no column {field!r}; it has {listed}: say text_field=")
+        return names.index(field)
+
+    def parquet(self, file: Any, inside: str = "") -> Iterator[Found]:
+        """Rows of the text column, some hundred at a time."""
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise ConfigError("Parquet files need pyarrow: pip install 'shardwright[data]'") from None
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            self._column(table.schema_arrow.names, f"{inside}schema")
+            number = 0
+            for batch in table.iter_batches(256, columns=[self.config.text_field]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    self.where = f"{inside}row {number}"
+                    yield Found(self.where, VALUE, value)
+        except (pyarrow.ArrowException, OSError) as error:
+            message = str(error).splitlines()[0]
+            raise BrokenInput(self.where, f"not a whole Parquet file: {message}; fetch the file again") from None
+
+    def hugging_face(self, location: str) -> Iterator[Found]:
+        """Rows of a Hugging Face data set: hf:NAME[:CONFIG[:SPLIT]], or a folder that `save_to_disk` wrote."""
+        name, config, split = [*location.removeprefix("hf:").split(":"), "", ""][:3]
+        rows = _load_dataset(name, config or None, split or "train")
+        for number, row in enumerate(rows, 1):
+            self.where = f"row {number}"
+            if self.config.text_field not in row:
+                self._column(list(row), self.where)
+            yield Found(self.where, VALUE, row[self.config.text_field])
+
+    def _too_long(self, remedy: str = "") -> str:
+        size = self.config.max_document_mib
+        return f"a document over {size} MiB; say {remedy}max_document_mib={2 * size}"
+
+
+def _load_dataset(name: str, config: str | None, split: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(f"hf:{name} needs datasets: pip install 'shardwright[hf]'") from None
+    try:
+        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(name)
+            return loaded[split] if isinstance(loaded, dict) else loaded
+        return datasets.load_dataset(name, config, split=split, streaming=True)
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise ConfigError(f"hf:{name}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # what the hub's client raises
+        raise RunError(f"hf:{name}: cannot be loaded ({type(error).__name__}: {error}); run again to go on") from None

@@ -1,0 +1,221 @@
+"""What a preparation finds at its output and leaves there: finished, unfinished, foreign or nothing. Part of `prepare`.
+
+The work folder OUTPUT/.prepare says in state.json what it belongs to. The manifest is written last; with it the work
+folder is of no more use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shardwright import __version__
+from shardwright.config import ConfigError
+from shardwright.data.manifest import Manifest, write_atomic
+from shardwright.data.prepare.inputs import InputFile, format_of, is_remote, list_inputs
+from shardwright.data.prepare.options import PrepareConfig
+from shardwright.data.prepare.units import SPLITS, Job, read_part
+from shardwright.data.tokenizers import Tokenizer, files_of
+from shardwright.log import get_logger
+
+WORK = ".prepare"
+RECIPE = 1  # rises when the same recipe gives other bytes than before
+
+
+def find_finished(output: Path, config: PrepareConfig) -> Manifest | None:
+    """The manifest at `output` if this recipe and input made it; ConfigError if others did; None if there is none."""
+    if not (output / "manifest.json").exists():
+        return None
+    manifest = Manifest.load(output)
+    if not isinstance(manifest.recipe, dict) or "tokenizer" not in manifest.recipe:
+        raise ConfigError(f"{output}: holds shards that prepare did not write; choose another output=")
+    mine, theirs = flatten(config.recipe()), flatten(manifest.recipe)
+    changed = [key for key in mine if key != "input" and mine[key] != theirs.get(key)]
+    if changed:
+        raise ConfigError(f"{output}: {_difference(changed[0], theirs, mine)}; choose another output= or delete it")
+    reason = _input_change(config, manifest, output)
+    if reason:
+        raise ConfigError(f"{output}: is prepared from other input ({reason}); choose another output= or delete it")
+    shutil.rmtree(output / WORK, ignore_errors=True)  # left by a kill in the last moment
+    return manifest
+
+
+def _difference(key: str, old: dict[str, Any], new: dict[str, Any]) -> str:
+    return f"is of another recipe ({key} was {old.get(key)!r}, now {new[key]!r})"
+
+
+def _input_change(config: PrepareConfig, manifest: Manifest, output: Path) -> str | None:
+    """What differs between the input now and then; input that is gone, or remote, is believed by its name."""
+    source = manifest.source
+    if any(is_remote(item) for item in config.input):
+        return None if config.input == manifest.recipe["input"] else "input= names others"
+    path = config.tokenizer.path
+    if path is not None and Path(path).exists() and source.get("tokenizer") != files_of(path):
+        return f"{path} has changed"
+    try:
+        files = list_inputs(config.input, output)
+    except ConfigError:
+        return None if config.input == manifest.recipe["input"] else "input= names others"
+    pairs = zip_longest(((f["name"], f["bytes"]) for f in source["files"]), ((f.name, f.size) for f in files))
+    changed = [f"{_file_words(then)} then, {_file_words(now)} now" for then, now in pairs if then != now]
+    return changed[0] if changed else None
+
+
+def _file_words(file: tuple[str, int | None] | None) -> str:
+    return "nothing" if file is None else f"{file[0]} of {file[1]} bytes"
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(flatten(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item})
+    return flat
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[Path]:
+    """The work folder of an output, for one process at a time; the lock dies with its holder."""
+    work = output / WORK
+    if output.is_dir() and not work.is_dir() and any(output.iterdir()):
+        raise ConfigError(f"{output}: holds files that prepare did not write; choose another output= or empty it")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / "lock", "w")  # noqa: SIM115  (held as long as the lock)
+    except OSError as error:
+        raise ConfigError(f"output={output}: cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # no such locks on this system
+            pass
+        except OSError:
+            raise ConfigError(f"{output}: another prepare is at work there; wait for it or choose another") from None
+        yield work
+
+
+def begin(work: Path, config: PrepareConfig, files: list[InputFile], source: dict[str, Any]) -> None:
+    """Note in the work folder what it belongs to, or check it. `source`: hashes of tokenizer and evaluation files.
+
+    Another recipe is refused: hours may lie there. Other library versions, or changed files, make what was done from
+    them worthless; what came before the first changed file stays.
+    """
+    path = work / "state.json"
+    now: dict[str, Any] = {
+        "recipe": config.recipe(),
+        "files": [[*file] for file in files],
+        "versions": {"recipe": RECIPE} | versions(config, files, None),
+        "source": source,
+    }
+    if path.exists():
+        before = json.loads(path.read_text("utf-8"))
+        mine, theirs = flatten(config.recipe()), flatten(before["recipe"])
+        changed = [key for key in mine if mine[key] != theirs.get(key)]
+        if changed:
+            raise ConfigError(
+                f"{work.parent}: its unfinished preparation {_difference(changed[0], theirs, mine)}; "
+                f"go on with that, choose another output= or delete {work}"
+            )
+        if before["versions"] != now["versions"] or before["source"] != source:
+            get_logger().warning(f"{work.parent}: libraries, tokenizer or evaluation files have changed; starting over")
+            _forget(work)
+        elif before["files"] != now["files"]:
+            _forget_from(work, _first_difference(before["files"], now["files"]))
+    write_atomic(path, json.dumps(now).encode())
+
+
+def _forget(work: Path) -> None:
+    for entry in work.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != "lock":
+            entry.unlink()
+
+
+def _forget_from(work: Path, file: int) -> None:
+    """Drop everything but the cleaned units that end before input file `file`."""
+    get_logger().warning(f"{work.parent}: input has changed from file {file + 1} on; work on earlier files is kept")
+    keep = [] if (work / "cleaned.json").exists() else sorted((work / "clean").rglob("*.part"))
+    kept = {path for path in keep if _unit_facts(path)["next"][0] < file}
+    for entry in list(work.iterdir()):
+        if entry.name in ("lock", "clean"):
+            continue
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for path in (work / "clean").rglob("*.part"):
+        if path not in kept:
+            path.unlink()
+
+
+def _first_difference(before: list[Any], now: list[Any]) -> int:
+    return next((n for n, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), min(len(before), len(now)))
+
+
+def _unit_facts(path: Path) -> dict[str, Any]:
+    return read_part(path, ())[1]
+
+
+def cleaned_units(job: Job, files: list[InputFile]) -> tuple[list[dict[str, Any]], int, int]:
+    """(facts of the units cleaned without a gap from the first, file where the next begins, its records behind)."""
+    facts: list[dict[str, Any]] = []
+    while (path := job.part("clean", len(facts))).exists():
+        facts.append(_unit_facts(path))
+    file, behind = facts[-1]["next"] if facts else (0, 0)
+    return facts, file, behind
+
+
+def publish(
+    work: Path, output: Path, manifest: Manifest, tokenizer: Tokenizer, broken: list[dict[str, str]]
+) -> None:
+    """Move the shards to their places, write what lies beside them, the manifest last, and drop the work folder.
+
+    Killed in between, the next run comes here again: what has moved already stays.
+    """
+    for split in SPLITS:
+        if (work / "shards" / split).is_dir():
+            os.rename(work / "shards" / split, output / split)
+    tokenizer.save(output)
+    if broken:
+        lines = (json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n" for entry in broken)
+        write_atomic(output / "skipped.jsonl", "".join(lines).encode())
+    manifest.save(output)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """An .npy file, whole or not at all."""
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_atomic(path, buffer.getvalue())
+
+
+def versions(config: PrepareConfig, files: list[InputFile], tokenizer: Tokenizer | None) -> dict[str, str]:
+    """Versions of the libraries that have a say in the bytes of the result."""
+    used = {
+        "ftfy": config.cleaning.fix_text,
+        "py3langid": bool(config.filters.languages),
+        "datasketch": config.dedup.near,
+        "tokenizers": tokenizer is None or tokenizer.file.endswith(".json"),
+        "sentencepiece": config.tokenizer.kind == "unigram" or (tokenizer is not None and ".model" in tokenizer.file),
+        "trafilatura": any(format_of(f.name) == "warc" for f in files),
+    }
+    found = {"shardwright": __version__}
+    for name, is_used in used.items():
+        if is_used:
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                continue
+    return found

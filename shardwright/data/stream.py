@@ -1,0 +1,373 @@
+"""Sequences by number: `Stream` for training (endless, in the order of `order`), `ValidationStream` for evaluation.
+
+Random access is the whole interface: any set of numbers gives their tokens and where documents begin in them. Opening
+is lazy: manifests first (totals alone say where a number lies), a shard when one of its tokens is wanted. `pack` turns
+sequences into a batch, `loader` decides who reads which numbers and when.
+
+Shapes: S sequences, R raw tokens of a sequence, E document starts found in them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shardwright.config import ConfigError
+from shardwright.data.manifest import Manifest, ShardError, ShardInfo
+from shardwright.data.order import Order, Places
+from shardwright.data.remote import ShardCache, is_remote, join
+from shardwright.data.shards import DTYPES, Shard
+
+_SHARDS_OPEN = 1024
+_FETCHES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """A prepared folder or URL, and its share of the mixture relative to the other sources."""
+
+    path: str
+    weight: float = 1.0
+
+
+class Sequences(NamedTuple):
+    """Raw sequences, before an objective makes a batch of them."""
+
+    numbers: np.ndarray  # int64 [S], -1 for padding
+    tokens: np.ndarray  # uint16 or uint32 [S, R], as stored; end-of-document beyond the row's length
+    lengths: np.ndarray  # int64 [S], real tokens of each row: R, less at the end of a validation split, 0 for padding
+    rows: np.ndarray  # int64 [E], ascending
+    starts: np.ndarray  # int64 [E]: a document begins at tokens[rows, starts]
+
+
+@dataclass(frozen=True)
+class TrainingSequence:
+    """One sequence of a Stream, and where it is from."""
+
+    number: int
+    source: int
+    epoch: int
+    tokens: np.ndarray  # int64 [R]
+    document_starts: np.ndarray  # int64, ascending, in tokens of the sequence
+
+    def documents(self) -> np.ndarray:
+        """Number of each token's document inside the sequence, int64 [R], from 0."""
+        begins = np.zeros(len(self.tokens), np.int64)
+        begins[self.document_starts[self.document_starts > 0]] = 1
+        return np.cumsum(begins)
+
+    def positions(self) -> np.ndarray:
+        """Each token's position since its document began, or since the sequence did, int64 [R]."""
+        starts = np.union1d([0], self.document_starts)
+        return np.arange(len(self.tokens)) - starts[self.documents()]
+
+
+class ShardFiles:
+    """The shards of one split of one prepared folder, opened when first wanted, local or through the cache."""
+
+    def __init__(self, path: str, split: str, cache: ShardCache | None = None, allow: Collection[str] = ()) -> None:
+        self.manifest = Manifest.load(path, allow)
+        self.split = self.manifest.split(split)
+        self.sizes = [shard.tokens for shard in self.split.shards]
+        self._root = self.manifest.root
+        self._cache = (cache or ShardCache(allow=tuple(allow))) if is_remote(self._root) else None
+        self.open: dict[int, Shard] = {}
+        self._dropped: set[str] = set()
+
+    @property
+    def remote(self) -> bool:
+        """Whether shards come over the network."""
+        return self._cache is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "open": {}}
+
+    def shard(self, number: int) -> Shard:
+        """Shard `number` of the manifest; ShardError where it is missing, truncated or another tokenizer's."""
+        found = self.open.get(number)
+        if found is None:
+            found = self._opened(self.split.shards[number])
+            if len(self.open) >= _SHARDS_OPEN:
+                self.open.pop(next(iter(self.open)), None)
+            self.open[number] = found
+        return found
+
+    def drop_bad(self, error: ShardError) -> bool:
+        """Forget the copy in the cache that an error is about, to be fetched once more; False if it is not of these."""
+        for number, shard in list(self.open.items()):
+            if self._cache is not None and error.path == shard.path and error.path not in self._dropped:
+                self._dropped.add(shard.path)
+                self._cache.forget(shard.path)
+                self._cache.forget(shard.index_path)
+                del self.open[number]
+                return True
+        return False
+
+    def fetch(self, numbers: Collection[int]) -> None:
+        """Open these shards, those that must come over the network side by side."""
+        missing = [number for number in numbers if number not in self.open]
+        if self._cache is None or len(missing) < 2:
+            return
+        with ThreadPoolExecutor(min(_FETCHES_AT_ONCE, len(missing))) as pool:
+            list(pool.map(self.shard, missing))
+
+    def _opened(self, info: ShardInfo) -> Shard:
+        tar, index = join(self._root, info.path), join(self._root, info.index)
+        if self._cache is None:
+            shard = Shard(tar, index, info.index_sha256)
+        else:
+            shard = self._fetched(self._cache, tar, index, info)
+        if shard.facts["tokenizer_sha256"] != self.manifest.tokenizer["sha256"] or shard.num_tokens != info.tokens:
+            raise ShardError(
+                f"{tar}: of another tokenizer or length than its manifest says; run `shardwright prepare` again"
+            )
+        return shard
+
+    @staticmethod
+    def _fetched(cache: ShardCache, tar: str, index: str, info: ShardInfo) -> Shard:
+        for last in (False, False, True):
+            local = cache.fetch(tar, info.sha256, info.bytes), cache.fetch(index, info.index_sha256)
+            try:
+                return Shard(*local, info.index_sha256)
+            except ShardError:  # another process evicted one between fetch and open, or the copy went bad on this disk
+                if last:
+                    raise
+                if all(map(os.path.exists, local)):
+                    for path in local:
+                        cache.forget(path)
+        raise AssertionError("unreachable")
+
+
+class _Rows:
+    """Gathers the pieces of sequences into one Sequences."""
+
+    def __init__(self, numbers: np.ndarray, raw_length: int, fill: int, dtype: np.dtype) -> None:
+        self.numbers, self.raw_length, self.fill = numbers, raw_length, fill
+        self.tokens = np.empty((len(numbers), raw_length), dtype)
+        self.lengths = np.zeros(len(numbers), np.int64)
+        self.rows: list[int] = []
+        self.shifts: list[int] = []  # what to subtract from a shard's offsets to count from the row's first token
+        self.starts: list[np.ndarray] = []
+
+    def add(self, row: int, at: int, files: ShardFiles, number: int, start: int, stop: int) -> None:
+        """Tokens [start, stop) of a shard stand at `at` of the row."""
+        self.tokens[row, at : at + stop - start], starts = files.shard(number).read(start, stop)
+        self.rows.append(row)
+        self.shifts.append(start - at)
+        self.starts.append(starts)
+
+    def done(self) -> Sequences:
+        for row in np.flatnonzero(self.lengths < self.raw_length).tolist():
+            self.tokens[row, self.lengths[row] :] = self.fill
+        if not self.rows:
+            return Sequences(self.numbers, self.tokens, self.lengths, *np.empty((2, 0), np.int64))
+        counts = np.fromiter(map(len, self.starts), np.int64, len(self.starts))
+        starts = np.concatenate(self.starts) - np.repeat(self.shifts, counts)
+        inside = starts >= 0  # the document that a row begins in began before it
+        return Sequences(self.numbers, self.tokens, self.lengths, np.repeat(self.rows, counts)[inside], starts[inside])
+
+
+class Stream:
+    """The training sequences of a mixture of sources, by number: endless, the same for every reader."""
+
+    #: Sequences there are; None for an endless stream.
+    num_sequences: int | None = None
+
+    def __init__(
+        self,
+        sources: Sequence[Source | str],
+        *,
+        raw_length: int,
+        stride: int,
+        seed: int,
+        lanes: int = 64,
+        shuffle_block: int = 4096,
+        period: int = 128,
+        split: str = "train",
+        cache: ShardCache | None = None,
+        allow: Collection[str] = (),
+    ) -> None:
+        """Read the manifests. `raw_length` and `stride` are the objective's; the rest of the numbers are the order's.
+
+        ConfigError on sources that do not fit together or are too short, ShardError on a missing or foreign manifest.
+        """
+        self.sources = [Source(source) if isinstance(source, str) else source for source in sources]
+        self.files = _open_sources(self.sources, split, cache, allow)
+        self.tokenizer: dict[str, Any] = self.files[0].manifest.tokenizer
+        self._dtype = np.result_type(*(DTYPES[files.manifest.dtype] for files in self.files))
+        self.raw_length, self.lanes = raw_length, lanes
+        self.order = Order(
+            [np.array(files.sizes) for files in self.files],
+            raw_length=raw_length,
+            stride=stride,
+            seed=seed,
+            lanes=lanes,
+            shuffle_block=shuffle_block,
+            weights=[source.weight for source in self.sources],
+            period=period,
+            names=[source.path for source in self.sources],
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the split over all sources, each once."""
+        return sum(files.split.tokens for files in self.files)
+
+    def epochs(self, drawn: int) -> dict[str, float]:
+        """How often each source has been read after `drawn` sequences."""
+        shares = self.order.quotas / self.order.period * drawn / self.lanes
+        return {s.path: float(x / o.per_lane) for s, o, x in zip(self.sources, self.order.sources, shares, strict=True)}
+
+    def sequence(self, number: int) -> TrainingSequence:
+        """Sequence `number`, read alone."""
+        found = self.sequences(np.array([number]))
+        places = self.order.locate(np.array([number]))
+        tokens = found.tokens[0].astype(np.int64)
+        return TrainingSequence(number, int(places.source[0]), int(places.epoch[0]), tokens, found.starts)
+
+    def sequences(self, numbers: np.ndarray) -> Sequences:
+        """The sequences with these numbers (int64 [S]; -1 gives a padding row)."""
+        return next(self.batches(numbers, len(numbers)))
+
+    def batches(self, numbers: np.ndarray, size: int) -> Iterator[Sequences]:
+        """The same, `size` rows at a time; the order is worked out for all at once, which costs a third."""
+        filled = np.where(numbers < 0, 0, numbers)
+        places = np.stack(self.order.locate(filled))
+        for first in range(0, len(numbers), size):
+            part = slice(first, first + size)
+            yield _with_fresh_copies(self.files, self._sequences, numbers[part], Places(*places[:, part]))
+
+    def _sequences(self, numbers: np.ndarray, places: Places) -> Sequences:
+        batch = _Rows(numbers, self.raw_length, int(self.tokenizer["end_of_document"]), self._dtype)
+        real = numbers >= 0
+        batch.lengths[real] = length = self.raw_length
+        if any(files.remote for files in self.files):
+            self._fetch(places)
+        columns = (real, places.source, places.epoch, places.place, places.shard, places.offset)
+        for row, (wanted, source, epoch, place, shard, offset) in enumerate(zip(*map(_listed, columns), strict=True)):
+            if not wanted:
+                continue
+            files = self.files[source]
+            if offset + length <= files.sizes[shard]:  # `add` written out: this is the path that counts
+                batch.tokens[row], starts = (files.open.get(shard) or files.shard(shard)).read(offset, offset + length)
+                batch.rows.append(row)
+                batch.shifts.append(offset)
+                batch.starts.append(starts)
+            else:
+                self._read_on(batch, row, files, self.order.sources[source].layout(epoch).shards, place, offset)
+        return batch.done()
+
+    def _read_on(self, batch: _Rows, row: int, files: ShardFiles, shards: np.ndarray, place: int, offset: int) -> None:
+        """A row that runs on into the shards after its first, round the end of the epoch's order if need be."""
+        at = 0
+        while at < self.raw_length:
+            number = int(shards[place])
+            stop = min(offset + self.raw_length - at, files.sizes[number])
+            if stop > offset:
+                batch.add(row, at, files, number, offset, stop)
+                at += stop - offset
+            place, offset = (place + 1) % len(shards), 0
+
+    def _fetch(self, places: Places) -> None:
+        """Bring the remote shards of a batch side by side; those that sequences run on into come when they are read."""
+        for number, files in enumerate(self.files):
+            files.fetch(set(places.shard[places.source == number].tolist()))
+
+
+class ValidationStream:
+    """A split in fixed order: sequence n begins at token n * stride, and every token is predicted exactly once.
+
+    An end-of-document token stands before the first document, as one does before every other, so that first tokens are
+    predicted too (`raw_length - stride` of them, the objective's context). The last sequence is padded, weight zero.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source | str],
+        *,
+        raw_length: int,
+        stride: int,
+        split: str = "validation",
+        cache: ShardCache | None = None,
+        allow: Collection[str] = (),
+    ) -> None:
+        """Read the manifests; the splits of several sources follow one another."""
+        self.files = _open_sources([Source(s) if isinstance(s, str) else s for s in sources], split, cache, allow)
+        self.tokenizer: dict[str, Any] = self.files[0].manifest.tokenizer
+        self._dtype = np.result_type(*(DTYPES[files.manifest.dtype] for files in self.files))
+        self.raw_length, self.lanes, self._stride = raw_length, 1, stride
+        self._before = raw_length - stride
+        self._shards = [(files, number) for files in self.files for number in range(len(files.sizes))]
+        self._ends = np.cumsum([size for files in self.files for size in files.sizes])
+        self.num_tokens = int(self._ends[-1]) if len(self._ends) else 0
+        self.text_bytes = sum(files.split.text_bytes for files in self.files)
+        self.num_sequences = -(-self.num_tokens // stride)
+        if not self.num_tokens:
+            raise ConfigError(
+                f"{self.files[0].manifest.root}: its {split} split is empty; prepare with a larger share of it"
+            )
+
+    def sequences(self, numbers: np.ndarray) -> Sequences:
+        """The sequences with these numbers (int64 [S], below num_sequences; -1 gives a padding row)."""
+        return _with_fresh_copies(self.files, self._sequences, numbers)
+
+    def _sequences(self, numbers: np.ndarray) -> Sequences:
+        batch = _Rows(numbers, self.raw_length, int(self.tokenizer["end_of_document"]), self._dtype)
+        for row in np.flatnonzero(numbers >= 0).tolist():
+            self._read(batch, row, int(numbers[row]) * self._stride - self._before)
+        return batch.done()
+
+    def batches(self, numbers: np.ndarray, size: int) -> Iterator[Sequences]:
+        """The same, `size` rows at a time."""
+        for first in range(0, len(numbers), size):
+            yield self.sequences(numbers[first : first + size])
+
+    def _read(self, batch: _Rows, row: int, token: int) -> None:
+        at = max(0, -token)
+        batch.tokens[row, :at] = batch.fill
+        token += at
+        place = int(self._ends.searchsorted(token, "right"))
+        while at < self.raw_length and token < self.num_tokens:
+            files, number = self._shards[place]
+            end = int(self._ends[place])
+            first = end - files.sizes[number]
+            stop = min(end, token + self.raw_length - at)
+            if stop > token:
+                batch.add(row, at, files, number, token - first, stop - first)
+            at, token, place = at + stop - token, stop, place + 1
+        batch.lengths[row] = at
+
+
+def _with_fresh_copies(files: Sequence[ShardFiles], read: Callable[..., Sequences], *arguments: Any) -> Sequences:
+    """The result of `read`, once more for each copy in the cache that turns out to have gone bad on this disk."""
+    while True:
+        try:
+            return read(*arguments)
+        except ShardError as error:
+            if not any(one.drop_bad(error) for one in files):
+                raise
+
+
+def _listed(array: np.ndarray) -> list[Any]:
+    return array.tolist()
+
+
+def _open_sources(
+    sources: Sequence[Source], split: str, cache: ShardCache | None, allow: Collection[str]
+) -> list[ShardFiles]:
+    if not sources:
+        raise ConfigError("data: no source; name a prepared folder with data.path=FOLDER (see `shardwright prepare`)")
+    opened = [ShardFiles(source.path, split, cache, allow) for source in sources]
+    first = opened[0].manifest
+    for files in opened[1:]:
+        if files.manifest.tokenizer["sha256"] != first.tokenizer["sha256"]:
+            raise ConfigError(
+                f"{files.manifest.root} and {first.root} were prepared with different tokenizers; "
+                "prepare one of them again with the other's tokenizer.json"
+            )
+    return opened
