@@ -1,0 +1,1 @@
+"""Pure formulas about a run that is not built: memory by category (later communication and time)."""
