@@ -1,0 +1,183 @@
+"""The command line: a thin face over the Python functions.
+
+Exit codes: 0 success, 1 a failure, 2 bad usage or config, 75 stopped by a signal with all saved
+(start the same command again to go on). Mistakes get one line; ``--traceback`` shows the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shardwright import __version__
+from shardwright.config import ConfigError, RunError, apply_override
+from shardwright.log import get_logger
+
+STOPPED = 75
+
+app = typer.Typer(
+    name="shardwright",
+    help="Train every kind of dense Transformer language model, from a laptop to a cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example train.steps=100")]
+Json = Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show the whole traceback of an error")] = False,
+) -> None:
+    """Options of every command."""
+
+
+@app.command(epilog="Example: shardwright prepare bundled:english --output data/english tokenizer.vocab_size=8192")
+def prepare(
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders, URLs, hf:NAME, bundled:english; key=value")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the prepared shards")],
+    as_json: Json = False,
+) -> None:
+    """Clean, split, tokenise and shard a corpus."""
+    from shardwright.config import parse
+    from shardwright.data.prepare import PrepareConfig
+    from shardwright.data.prepare import prepare as run
+
+    raw: dict[str, Any] = {"input": [i for i in inputs if not _is_setting(i)], "output": str(output)}
+    for setting in filter(_is_setting, inputs):
+        apply_override(raw, setting)
+    manifest = run(parse(PrepareConfig, raw, "prepare"), progress=not as_json)
+    if as_json:
+        splits = {n: {"tokens": s.tokens, "documents": s.documents} for n, s in manifest.splits.items()}
+        print(json.dumps({"output": str(output), "splits": splits, "counts": manifest.counts}))
+
+
+def _is_setting(argument: str) -> bool:
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and key.replace(".", "").replace("_", "").isalnum() and not Path(argument).exists()
+
+
+@app.command(epilog="Example: shardwright train configs/english.yaml train.budget=2m run=runs/trial")
+def train(
+    config: Annotated[str, typer.Argument(help="Config file, or the name of a shipped config")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config, batch, size and memory, and stop")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model; run it again to continue where it stopped."""
+    from shardwright.train.settings import read_config
+
+    resolved = read_config(config, overrides or ())
+    if dry_run:
+        from shardwright.train.preview import preview
+
+        print(preview(resolved, as_json=as_json))
+        return
+    from shardwright.train.run import train as run
+
+    if as_json:
+        get_logger().setLevel(logging.WARNING)
+    result = run(resolved)
+    if as_json:
+        print(json.dumps(result.as_dict()))
+    if result.stopped:
+        raise typer.Exit(STOPPED)
+
+
+@app.command(name="eval", epilog="Example: shardwright eval runs/english")
+def evaluate(
+    run_folder: Annotated[Path, typer.Argument(help="Run folder or checkpoint")],
+    data: Annotated[str | None, typer.Option(help="Prepared folder; default the run's own")] = None,
+    as_json: Json = False,
+) -> None:
+    """Validation loss, perplexity and bits per byte, beside what xz needs for the same text."""
+    from shardwright.train.score import evaluate_run
+
+    answer = evaluate_run(run_folder, data)
+    print(json.dumps(answer) if as_json else "\n".join(f"{k}: {v:.4f}" for k, v in answer.items()))
+
+
+@app.command(epilog='Example: shardwright generate runs/english --prompt "Fellow citizens" --tokens 100')
+def generate(
+    run_folder: Annotated[Path, typer.Argument(help="Run folder or checkpoint")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample among the k likeliest; 0 among all")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample within this share of probability")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Same seed, same text")] = 0,
+) -> None:
+    """Sample text from a trained model, as it comes."""
+    from shardwright.serve.generate import Sampling, stream_text
+    from shardwright.train.load import load
+
+    loaded = load(run_folder)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sys.stdout.write(prompt)
+    for piece in stream_text(loaded.model, loaded.tokenizer, prompt, sampling, max_new_tokens=tokens):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command(epilog="Example: shardwright report runs/english --output english.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One or several run folders")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: in the run folder")] = None,
+) -> None:
+    """Write one self-contained HTML page with the curves of a run."""
+    from shardwright.planner.report import report as write
+
+    print(write(runs if len(runs) > 1 else runs[0], output))
+
+
+@app.command(epilog="Example: shardwright doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, what is missing for which feature, and a quick check."""
+    from shardwright.launcher.doctor import doctor as examine
+
+    raise typer.Exit(examine(json=as_json))
+
+
+@app.command(epilog="Example: shardwright schema > configs/schema.json")
+def schema() -> None:
+    """The JSON Schema of a config, for editors that complete YAML."""
+    from shardwright.train.settings import SCHEMA
+
+    print(json.dumps(SCHEMA.model_json_schema(), indent=1, sort_keys=True))
+
+
+def main() -> None:
+    """Entry point: run a command and turn a user's mistake into one line."""
+    sys.exit(guarded(lambda: app(standalone_mode=True), traceback="--traceback" in sys.argv))
+
+
+def guarded(command: Callable[[], Any], *, traceback: bool = False) -> int:
+    """Exit code of `command`, with mistakes as one line on standard error."""
+    try:
+        command()
+        return 0
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 1
+    except (ConfigError, RunError, ValueError, OSError) as error:
+        if traceback:
+            raise
+        text = " ".join(str(error).split())
+        print(f"shardwright: {text}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1

@@ -1,0 +1,207 @@
+"""Muon: momentum, then the update's singular values brought to 1, for the hidden matrices of a model.
+
+Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the scale of the update is that of Liu et al. 2025,
+"Muon is scalable for LLM training". Embeddings, heads, norms and biases go by AdamW in the same optimizer.
+Works on full logical matrices: q, k, v, gate and up are separate. Shapes: [rows, columns], or
+[N, rows, columns] for N matrices of one shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from shardwright.train.optim.groups import Named, build_decay_groups, build_group, is_orthogonalized
+from shardwright.train.optim.guarded import guarded_descend_
+from shardwright.train.optim.state import build_adam_state, build_momentum_state
+
+# Quintic whose repeated use sends singular values in (0, 1] near 1, within about 0.7..1.2 after 5 steps.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+EPS = 1e-7
+# AdamW's updates have a root mean square of 0.2 to 0.4; an orthogonal [rows, columns] one has
+# 1/sqrt(max(rows, columns)). Scaled to 0.2, learning rate and weight decay of AdamW carry over.
+UPDATE_RMS = 0.2
+# Elements multiplied at once on a GPU: 128 MiB in bf16.
+MOST_STACKED = 2**26
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon on the groups labelled "matrices", AdamW on the others; see `build_groups`.
+
+    matmul_dtype: number format of the Newton-Schulz products; None takes what the device is fast in
+    (`pick_matmul_dtype`). Momentum and weights stay in the parameters' format. Group options read at every
+    step: lr, momentum, nesterov, weight_decay (decoupled), and betas, eps for AdamW.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, groups: list[dict[str, Any]], *, matmul_dtype: torch.dtype | None = None) -> None:
+        super().__init__(groups, {})
+        self.matmul_dtype = matmul_dtype
+        self._scratch = Scratch()
+        for group in self.param_groups:
+            build = build_momentum_state if group["label"] == "matrices" else build_adam_state
+            for p in group["params"]:
+                self.state[p] = build(p)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient, or nothing at all where `found_inf` is 1."""
+        assert closure is None and getattr(self, "grad_scale", None) is None
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            if group["label"] == "matrices":
+                self._step_matrices(group, params)
+            else:
+                self._step_adamw(group, params)
+
+    def _step_matrices(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        grads, momentum = [_grad(p) for p in params], group["momentum"]
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        guarded_descend_(buffers, grads, step=momentum - 1.0, decay=-1.0, found_inf=self.found_inf)
+        for indices in batch_by_shape(params):
+            batch = [params[i] for i in indices]
+            wanted = self._scratch.take("wanted", (len(batch), *batch[0].shape), batch[0].dtype, batch[0].device)
+            for i, row in zip(indices, wanted, strict=True):
+                torch.lerp(grads[i], buffers[i], momentum if group["nesterov"] else 1.0, out=row)
+            orthogonalize_(wanted, self.matmul_dtype or pick_matmul_dtype(batch[0]), self._scratch)
+            scale = UPDATE_RMS * math.sqrt(max(batch[0].shape))
+            # Decoupled decay is by lr alone, as AdamW's, hence the division.
+            step, decay = group["lr"] * scale, group["weight_decay"] / scale
+            guarded_descend_(batch, wanted.unbind(), step=step, decay=decay, found_inf=self.found_inf)
+
+    def _step_adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        states = [self.state[p] for p in params]
+        adamw(
+            params,
+            [_grad(p) for p in params],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=True,
+            found_inf=self.found_inf,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def build_groups(
+    named: Named,
+    *,
+    lr: float,
+    matrix_lr: float | None,
+    weight_decay: float,
+    decay_embeddings: bool,
+    momentum: float,
+    nesterov: bool,
+    betas: tuple[float, float],
+    eps: float,
+) -> list[dict[str, Any]]:
+    """Muon's groups: the hidden matrices (at `matrix_lr`, or `lr`), then the rest for AdamW at `lr`."""
+    matrices = [(n, p) for n, p in named if is_orthogonalized(n, p)]
+    rest = [(n, p) for n, p in named if not is_orthogonalized(n, p)]
+    peak = lr if matrix_lr is None else matrix_lr
+    muon = build_group("matrices", matrices, lr=peak, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov)
+    adam = build_decay_groups(
+        rest, lr=lr, weight_decay=weight_decay, decay_embeddings=decay_embeddings, betas=betas, eps=eps
+    )
+    return ([muon] if matrices else []) + adam
+
+
+class Scratch:
+    """Memory that a step writes again and again; on CPU kept, since fresh pages cost more than the arithmetic.
+
+    A GPU's allocator keeps its own.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, what: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised contiguous tensor; the next one of the same name may lie in the same memory."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        size = math.prod(shape)
+        kept = self._kept.get((what, dtype))
+        if kept is None or kept.numel() < size:
+            kept = self._kept[what, dtype] = torch.empty(size, dtype=dtype, device=device)
+        return kept[:size].view(shape)
+
+
+def orthogonalize_(matrices: Tensor, dtype: torch.dtype, scratch: Scratch | None = None) -> Tensor:
+    """Bring the singular values of [N, rows, columns] near 1, in place, by products in `dtype`.
+
+    For M = U S V^T it leaves U S' V^T with S' within about 0.7..1.2; singular values far below 1e-2 of the
+    Frobenius norm stay smaller.
+    """
+    scratch = scratch or Scratch()
+    # The norm is taken before rounding, so that no singular value starts above 1.
+    matrices /= torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True).clamp(min=EPS)
+    x = scratch.take("x", tuple(matrices.shape), dtype, matrices.device).copy_(matrices)
+    # A lone matrix is multiplied as one: on CPU plain products are 1.5 times as fast as batched ones.
+    return matrices.copy_(newton_schulz(x[0] if len(x) == 1 else x, scratch))
+
+
+def newton_schulz(x: Tensor, scratch: Scratch, steps: int = STEPS) -> Tensor:
+    """x <- a x + (b G + c G^2) x with G = x x^T, `steps` times (from the right, G = x^T x, if x is tall).
+
+    x: [.., rows, columns] of norm at most 1, overwritten. The result lies in `scratch`.
+    """
+    a, b, c = COEFFICIENTS
+    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
+    tall, side = x.shape[-2] > x.shape[-1], min(x.shape[-2:])
+    gram, polynomial = (
+        scratch.take(what, (*x.shape[:-2], side, side), x.dtype, x.device) for what in ("gram", "polynomial")
+    )
+    other = scratch.take("other", tuple(x.shape), x.dtype, x.device)
+    for _ in range(steps):
+        torch.matmul(*((x.mT, x) if tall else (x, x.mT)), out=gram)
+        add_product(gram, gram, gram, beta=b, alpha=c, out=polynomial)
+        add_product(x, *((x, polynomial) if tall else (polynomial, x)), beta=a, out=other)
+        x, other = other, x
+    return x
+
+
+def batch_by_shape(params: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Indices of matrices to multiply together: of one shape and bounded size.
+
+    On CPU each goes alone: what is in between stays in the cache.
+    """
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for i, p in enumerate(params):
+        shapes.setdefault(tuple(p.shape), []).append(i)
+    for shape, indices in shapes.items():
+        alone = params[0].device.type == "cpu"
+        size = 1 if alone else max(1, MOST_STACKED // math.prod(shape))
+        yield from (indices[i : i + size] for i in range(0, len(indices), size))
+
+
+def pick_matmul_dtype(parameter: Tensor) -> torch.dtype:
+    """bf16 where the device multiplies it natively, else the parameter's own format (float64 always keeps it)."""
+    if parameter.dtype != torch.float32:
+        return parameter.dtype
+    if parameter.device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if parameter.device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return torch.bfloat16 if found.get("amx_bf16") or found.get("avx512_bf16") else torch.float32
+    return torch.float32
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad

@@ -1,0 +1,40 @@
+"""How a run ended: what `train` returns and the run folder keeps in result.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a call of `train` ended."""
+
+    run: str
+    step: int
+    tokens: int
+    stopped: bool  # by a signal, with all saved
+    val_loss: float | None = None
+    val_bits_per_byte: float | None = None
+    xz_bits_per_byte: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def write_result(folder: Path, result: Result) -> None:
+    """Keep the result of a finished run in its folder."""
+    fresh = folder / f".{RESULT}"
+    fresh.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
+    fresh.replace(folder / RESULT)
+
+
+def read_result(folder: Path) -> Result | None:
+    """What `write_result` kept; None where the run has not ended."""
+    path = folder / RESULT
+    return Result(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None

@@ -1,0 +1,415 @@
+"""The training loop: draw a step's data, step, look at what it was, log, evaluate, save; until done or stopped.
+
+Everything that decides (data order, progress, verdicts) is a pure function of counts or of numbers
+all ranks share; the loop only walks. State that a restart needs is `Position` and the tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from shardwright.checkpoint import CheckpointWriter, DamagedError, discard_newer, find_newest, load
+from shardwright.config import Config, RunError
+from shardwright.data.loader import Loader, StepBatch
+from shardwright.hardware import EnergyMeter, device_name, known_peak, measured_peak, versions
+from shardwright.log import get_logger
+from shardwright.model.count import num_flops, num_parameters
+from shardwright.parallel.mesh import World, build_world
+from shardwright.parallel.precision import FORMATS
+from shardwright.train.build import (
+    Corpus,
+    build_corpus,
+    build_loader,
+    build_plan,
+    build_step,
+    build_validation,
+    fit_to_corpus,
+)
+from shardwright.train.diagnose import first_nonfinite
+from shardwright.train.evaluate import Validation, evaluate, split_text, xz_bits_per_byte
+from shardwright.train.folder import CHECKPOINTS, open_run_folder
+from shardwright.train.guard import DelayedRead
+from shardwright.train.metrics import MetricsLog, Utilisation, record_start
+from shardwright.train.position import Position, apply_tensors, checkpoint_tensors
+from shardwright.train.profile import StepProfiler
+from shardwright.train.result import Result, read_result, write_result
+from shardwright.train.schedule import build_progress, build_ramp, build_schedule, resolve_warmup
+from shardwright.train.signals import Signals
+from shardwright.train.step import Outcome
+
+log = get_logger()
+
+
+def train(config: Config) -> Result:
+    """Train as `config` says, from the newest whole checkpoint of its run folder if there is one.
+
+    Raises ConfigError for what the user has to mend and RunError where the run cannot go on.
+    """
+    world = build_world(config.train.device, config.train.threads)
+    corpus = build_corpus(config)
+    fit_to_corpus(config, corpus.tokenizer.vocab_size)
+    folder, checkpoint = open_run_folder(config)
+    corpus.tokenizer.save(folder)
+    with Signals() as signals, Run(config, world, corpus, folder, signals) as run:
+        run.begin(checkpoint)
+        run.loop()
+        return run.finish()
+
+
+class Run:
+    """One run in one process, between its start and its end."""
+
+    def __init__(self, config: Config, world: World, corpus: Corpus, folder: Path, signals: Signals) -> None:
+        self.config, self.world, self.corpus, self.folder, self.signals = config, world, corpus, folder, signals
+        self.position = Position()
+        self.length = config.data.sequence_length
+        self.ramp = build_ramp(config.batch, config.global_batch())
+        self.progress = build_progress(config.train)
+        self.schedule = build_schedule(config.schedule, self._warmup())
+        self.loader: Loader = build_loader(config, world, self.ramp)
+        self.step = build_step(config, world)
+        self.pending, self.energy = DelayedRead(), EnergyMeter(world.device)
+        self.utilisation = self._utilisation()
+        self.last: StepBatch | None = None
+        self.step_seconds, self.data_seconds = 0.0, 0.0
+        self._saved_step = -1
+        self._validation: Validation | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Run:
+        enter = self._stack.enter_context
+        options = self.config.checkpoint
+        enter(self.loader)
+        self.profiler = StepProfiler(self.folder, self.config.log.profile)
+        self._stack.callback(self.profiler.close)
+        self.writer = enter(
+            CheckpointWriter(
+                self.folder / CHECKPOINTS,
+                keep_last=options.keep_last,
+                keep_every=options.keep_every,
+                asynchronous=options.asynchronous,
+            )
+        )
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    # ------------------------------------------------------------------------------------------ start
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Restore `checkpoint`, open the outputs and place the loader."""
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        elif "rollback" in (self.config.guard.nonfinite, self.config.guard.spike):
+            self._save()  # the place that a roll-back before the first checkpoint goes to
+        self._open_metrics()
+        self._start_clock()
+        self._place_loader()
+        parameters = num_parameters(self.config.model)["total"]  # type: ignore[arg-type]
+        name = device_name(self.world.device)
+        log.info("%s on %s: %s parameters; %s", self.folder, name, f"{parameters:,}", self.utilisation.describe())
+        record_start(
+            self.folder,
+            self.position.step,
+            parameters=parameters,
+            device=name,
+            mfu_basis=self.utilisation.describe(),
+            versions=versions(("torch", "numpy", "shardwright")),
+        )
+
+    def _restore(self, checkpoint: Path) -> None:
+        tensors = checkpoint_tensors(self.step)
+        try:
+            state = load(checkpoint, tensors)
+        except DamagedError as error:
+            older, _ = find_newest(self.folder / CHECKPOINTS, deep=True)
+            if older is None:
+                raise
+            log.warning("%s; going on from %s instead", error, older)
+            checkpoint, state = older, load(older, tensors)
+        apply_tensors(self.step, tensors)
+        self.position = Position.of(state["position"])
+        self._saved_step = self.position.step
+        self.progress.load_state(self.position.progress)
+        log.info("resuming after step %d from %s", self.position.step, checkpoint)
+
+    def _open_metrics(self) -> None:
+        self.metrics = MetricsLog(
+            self.folder,
+            self.position.step,
+            total_steps=self._total_steps(),
+            tensorboard=self.config.log.tensorboard,
+            wandb=self.config.log.wandb,
+            config=self.config.model_dump(mode="json"),
+        )
+        self._stack.callback(lambda: self.metrics.close())
+
+    def _place_loader(self) -> None:
+        plan = build_plan(self.config, self.ramp, self.position.excluded)
+        self.loader.start(self.position.step, self.position.drawn, plan)
+
+    def _start_clock(self) -> None:
+        self._zero = time.monotonic() - self.position.elapsed
+        self._logged_at, self._logged_step, self._logged_tokens = time.monotonic(), self.position.step, self.tokens
+
+    # ------------------------------------------------------------------------------------------ loop
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the sequences drawn so far."""
+        return self.position.drawn * self.length
+
+    def loop(self) -> None:
+        """Steps until the run is done or asked to stop."""
+        while not self._is_over():
+            with self.profiler.step(self.position.step + 1):
+                self._one_step()
+            self._after_step()
+
+    def _is_over(self) -> bool:
+        """Whether to leave the loop; the last step is then judged, logged and saved."""
+        if not self._is_done() and self.signals.received is None:
+            return False
+        if self._judge():
+            return self.signals.received is not None
+        if self._logged_step != self.position.step:
+            self._log_step()
+        if self._saved_step != self.position.step:
+            self._save()
+        return True
+
+    def _one_step(self) -> None:
+        begin = time.monotonic()
+        batch = next(self.loader)
+        self.data_seconds += time.monotonic() - begin
+        number = torch.tensor(self.position.step, device=self.world.device)
+        self.step.accumulate(batch.micro_batches, number)
+        # The step before is judged here: its weights are still in place, and the device is busy with this one.
+        if self._judge():
+            return
+        self.lr_factor = self.schedule(self._progress(batch.count))
+        self.pending.put(self.step.update(self.lr_factor))
+        self.last = batch
+        self.position.step += 1
+        self.position.drawn += batch.count
+        self.position.elapsed = time.monotonic() - self._zero
+        self.step_seconds = time.monotonic() - begin
+
+    def _after_step(self) -> None:
+        config, step = self.config, self.position.step
+        due_log = step == 1 or _due(step, config.log.every)
+        due_eval = _due(step, config.evaluate.every) and not self._is_done()
+        due_save = _due(step, config.checkpoint.every)
+        self.metrics.advance(step, self._done_share())
+        if not (due_log or due_eval or due_save):
+            return
+        if self._judge():
+            return
+        if due_log:
+            self._log_step()
+        if due_eval:
+            self._evaluate(self.config.evaluate.max_tokens)
+        if due_save:
+            self._save()
+
+    def _is_done(self) -> bool:
+        return self.progress.is_done(self._consumed(), self.step_seconds)
+
+    def _progress(self, count: int) -> float:
+        if self.progress.unit == "steps":
+            return self.progress.at_step(self.position.step)
+        if self.progress.unit == "tokens":
+            return self.progress.at_tokens(self.tokens, count * self.length)
+        return self.progress.at_clock(self.position.step, self.position.elapsed, self.step_seconds)
+
+    # ------------------------------------------------------------------------------------------ verdicts
+
+    def _judge(self) -> bool:
+        """Look at the step whose outcome is due; True where it sent the run back to a checkpoint."""
+        numbers = self.pending.take()
+        if numbers is None:
+            return False
+        self.outcome = outcome = Outcome.read(numbers)
+        if not (outcome.overflow or outcome.spike):
+            return False
+        return self._intervene(outcome)
+
+    def _intervene(self, outcome: Outcome) -> bool:
+        assert self.last is not None
+        guard, scaled = self.config.guard, self.step.scaler.enabled
+        what = self._describe(outcome)
+        floor = self.config.precision.loss_scale.floor
+        if outcome.overflow and scaled and outcome.loss_scale > floor:
+            log.warning("%s; skipped, normal now and then; the loss scale was %g", what, outcome.loss_scale)
+            return False
+        if outcome.overflow and scaled:
+            raise RunError(
+                f"{what}, at the smallest loss scale {floor:g}: the model diverges or a layer leaves fp16's range; "
+                "lower optimizer.lr, lengthen the warm-up, or train with precision.compute=bf16"
+            )
+        policy = guard.nonfinite if outcome.overflow else guard.spike
+        self.position.interventions += 1
+        if self.position.interventions > guard.most and policy != "stop":
+            raise RunError(f"{what}: the run was set right guard.most={guard.most} times; lower optimizer.lr")
+        if policy == "stop":
+            raise RunError(f"{what}: stopped, as guard.{'nonfinite' if outcome.overflow else 'spike'}=stop asks")
+        if policy == "rollback":
+            self._roll_back(what)
+            return True
+        log.warning("%s; skipped", what)
+        return False
+
+    def _describe(self, outcome: Outcome) -> str:
+        assert self.last is not None
+        where = f"step {self.position.step} (sequences {self.last.first} to {self.last.last})"
+        if not outcome.overflow:
+            return f"{where}: the loss {outcome.loss:.4f} is a spike"
+        number = torch.tensor(self.position.step - 1, device=self.world.device)
+        scale = torch.tensor(outcome.loss_scale, device=self.world.device)
+        module = first_nonfinite(self.step.model, self.last.micro_batches, number, scale)
+        return f"{where}: not finite, first in {module}"
+
+    def _roll_back(self, what: str) -> None:
+        """Return to the newest checkpoint; the sequences from the bad step to now are never taken again."""
+        assert self.last is not None
+        self.writer.wait()
+        checkpoint, _ = find_newest(self.folder / CHECKPOINTS)
+        if checkpoint is None:
+            raise RunError(f"{what}: no checkpoint to roll back to; set checkpoint.every")
+        excluded = (self.last.first, self.last.last + 1)
+        interventions, elapsed = self.position.interventions, self.position.elapsed
+        self._restore(checkpoint)
+        self.position.interventions, self.position.elapsed = interventions, elapsed
+        self.position.excluded.append(excluded)
+        self.progress.rewind(self.position.step)
+        discard_newer(self.folder / CHECKPOINTS, self.position.step)
+        log.warning("%s; back to step %d, without sequences %d to %d", what, self.position.step, *excluded)
+        self.metrics.close()
+        self._open_metrics()
+        self._start_clock()
+        self._place_loader()
+        self._save()  # so that a kill from here on does not bring the excluded range back
+
+    # ------------------------------------------------------------------------------------------ outputs
+
+    def _log_step(self) -> None:
+        now, steps = time.monotonic(), max(self.position.step - self._logged_step, 1)
+        rate = (self.tokens - self._logged_tokens) / max(now - self._logged_at, 1e-9)
+        outcome = self.outcome
+        fields: dict[str, float | int | None] = {
+            "tokens": self.tokens,
+            "loss": outcome.loss,
+            "grad_norm": outcome.grad_norm,
+            "lr": self.config.optimizer.lr * self.lr_factor,
+            "loss_scale": outcome.loss_scale,
+            "tokens_per_s": rate,
+            "mfu": self.utilisation.mfu(rate),
+            "step_s": (now - self._logged_at) / steps,
+            "data_s": self.data_seconds / steps,
+            "mem_gib": self._memory_gib(),
+            "progress": self._done_share(),
+        }
+        if (energy := self.energy.kwh()) is not None:
+            fields["energy_kwh"] = energy
+        self.metrics.log(self.position.step, {k: v for k, v in fields.items() if v is not None or k == "mfu"})
+        self._logged_at, self._logged_step, self._logged_tokens = now, self.position.step, self.tokens
+        self.data_seconds = 0.0
+
+    def _memory_gib(self) -> float:
+        if self.world.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.world.device) / 2**30
+        return psutil.Process().memory_info().rss / 2**30
+
+    def _evaluate(self, most: int | None) -> dict[str, float]:
+        begin = time.monotonic()
+        if self._validation is None:
+            self._validation = build_validation(self.config, self.world)
+        figures = evaluate(self.step.model, self._validation, most)
+        self.metrics.log(self.position.step, figures)
+        self._logged_at += time.monotonic() - begin  # a pause is not part of the training rate
+        return figures
+
+    def _save(self) -> None:
+        self.position.progress = self.progress.state()
+        state = {"position": self.position.state()}
+        self.writer.save(checkpoint_tensors(self.step), state, step=self.position.step)
+        self._saved_step = self.position.step
+
+    def finish(self) -> Result:
+        """The last evaluation, unless it was made before, and what to tell the user."""
+        if self.signals.received is not None:
+            self.writer.wait()
+            reason, step = self.signals.received, self.position.step
+            log.info("stopped by %s after step %d, all saved; the same command goes on", reason, step)
+            return Result(str(self.folder), self.position.step, self.tokens, stopped=True)
+        self.writer.wait()
+        result = read_result(self.folder)
+        if result is None or result.step != self.position.step:
+            result = self._conclude()
+        _tell(result)
+        return result
+
+    def _conclude(self) -> Result:
+        begin = time.monotonic()
+        figures = self._evaluate(None)
+        log.info("the whole validation split took %.1f s", time.monotonic() - begin)
+        text = split_text(self.corpus.manifests[0], self.corpus.tokenizer) if len(self.corpus.manifests) == 1 else b""
+        result = Result(
+            run=str(self.folder),
+            step=self.position.step,
+            tokens=self.tokens,
+            stopped=False,
+            val_loss=figures["val_loss"],
+            val_bits_per_byte=figures["val_bits_per_byte"],
+            xz_bits_per_byte=xz_bits_per_byte(text) if text else None,
+        )
+        write_result(self.folder, result)
+        return result
+
+    # ------------------------------------------------------------------------------------------ lengths
+
+    def _warmup(self) -> float:
+        config = self.config
+        steps, tokens = config.train.steps, config.train.tokens
+        if steps is not None:
+            tokens = self.ramp.drawn_after(steps) * self.length
+        return resolve_warmup(config.schedule, steps=self._total_steps(), tokens=tokens)
+
+    def _total_steps(self) -> int | None:
+        config = self.config.train
+        if config.tokens is not None:
+            return self.ramp.steps_to(-(-config.tokens // self.length))
+        return config.steps
+
+    def _done_share(self) -> float:
+        return min(self._consumed() / self.progress.total, 1.0)
+
+    def _consumed(self) -> float:
+        unit = self.progress.unit
+        return {"steps": self.position.step, "tokens": self.tokens, "seconds": self.position.elapsed}[unit]
+
+    def _utilisation(self) -> Utilisation:
+        device, compute = self.world.device, FORMATS[self.config.precision.compute]
+        peak = known_peak(device, compute)
+        if peak is None and self.config.log.measure_peak:
+            peak = measured_peak(device, compute)
+        flops = num_flops(self.config.model, self.length).model  # type: ignore[arg-type]
+        return Utilisation(flops, peak, self.world.size)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _tell(result: Result) -> None:
+    log.info("done: %s, %d steps, %s tokens", result.run, result.step, f"{result.tokens:,}")
+    if result.xz_bits_per_byte is not None:
+        log.info("xz -9e: %.3f bits per byte", result.xz_bits_per_byte)
+    log.info("shardwright: %.3f bits per byte on the same validation text", result.val_bits_per_byte)
