@@ -8,6 +8,7 @@ run folder goes on only where all of these match) or is *free* (layout, workers,
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -244,6 +245,20 @@ class Config(Strict):
     guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
 
+    def check_batch(self) -> None:
+        """ConfigError unless the micro-batch divides the global batch, at every level of a ramp."""
+        micro, full, ramp = self.batch.micro, self.global_batch(), self.batch.ramp
+        sizes = {"batch.sequences": full}
+        if ramp is not None:
+            sizes |= {"batch.ramp.start": ramp.start, "batch.ramp.increment": ramp.increment}
+        for key, size in sizes.items():
+            if size % micro:
+                fitting = [d for d in range(1, size + 1) if size % d == 0]
+                near = min(fitting, key=lambda d: (abs(d - micro), -d))
+                raise ConfigError(
+                    f"batch.micro={micro}: does not divide {key}={size}; nearest that does: batch.micro={near}"
+                )
+
     def global_batch(self) -> int:
         """Sequences of a full global batch."""
         if self.batch.sequences is not None:
@@ -279,7 +294,7 @@ def load_config(
     Raises ConfigError with one line that names the key, the value and what is allowed.
     """
     if isinstance(source, Mapping):
-        where, raw = "config", dict(source)
+        where, raw = "config", copy.deepcopy(dict(source))
     else:
         path = find_config(source)
         where, raw = str(path), read_yaml(path)

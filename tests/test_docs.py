@@ -14,7 +14,6 @@ import pytest
 import typer
 import yaml
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from shardwright.config import Strict, apply_override
 from shardwright.data.prepare.options import PrepareConfig
@@ -49,11 +48,9 @@ def limits(field: FieldInfo) -> str:
     return "".join(f", {sign} {bound}" for sign, bound in bounds if bound is not None)
 
 
-def shown(value: Any) -> str:
+def shown(field: FieldInfo) -> str:
     """A default as YAML would write it."""
-    if value is PydanticUndefined:
-        return "required"
-    return yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
+    return "required" if field.is_required() else yaml.safe_dump(field.default, default_flow_style=True).splitlines()[0]
 
 
 def section_in(annotation: Any) -> type[Strict] | None:
@@ -71,7 +68,7 @@ def rows(section: type[Strict], prefix: str = "") -> Iterator[str]:
             extra = field.json_schema_extra
             role = extra.get("role", "meaning") if isinstance(extra, dict) else "meaning"
             kinds = f"{allowed(field.annotation)}{limits(field)}"
-            yield f"| `{prefix}{name}` | {shown(field.default)} | {kinds} | {field.description} | {role} |"
+            yield f"| `{prefix}{name}` | {shown(field)} | {kinds} | {field.description} | {role} |"
         if inner is not None:
             number = "0." if get_origin(field.annotation) is list else ""
             yield from rows(inner, f"{prefix}{name}.{number}")
@@ -96,7 +93,7 @@ def reference() -> str:
         if section == "model":
             head = f"| key | {' | '.join(model)} | allowed | what it is |\n|---{'|---' * (len(model) + 2)}|"
             lines = (
-                f"| `model.{key}` | {' | '.join(shown(fields[key].default) for fields in model.values())} "
+                f"| `model.{key}` | {' | '.join(shown(fields[key]) for fields in model.values())} "
                 f"| {allowed(keys[key].annotation) if key != 'family' else ', '.join(model)}{limits(keys[key])} "
                 f"| {keys[key].description} |"
                 for key in keys

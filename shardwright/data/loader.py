@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -19,18 +19,25 @@ import torch
 from torch import Tensor
 
 from shardwright.config import ConfigError
+from shardwright.data.buffers import BufferPool, Empty
 from shardwright.data.order import Plan
 from shardwright.data.pack import Arrays
 from shardwright.data.stream import Sequences
 from shardwright.data.workers import WorkerPool
 
 # Tokens packed at a time: enough to spread numpy's cost for each call, little enough to stay in a core's cache.
-_PACK_TOKENS = 32768
+_PACK_TOKENS = 65536
 # Numbers whose order is worked out at a time, over as many steps as they fill.
 _ORDER_SEQUENCES = 1024
 # Tokens that a worker sends at a time, over as many steps as they fill.
 _SENT_TOKENS = 65536
 MicroBatch = dict[str, Tensor]
+
+
+class Pack(Protocol):
+    """What makes a batch of sequences: arrays whose first axis is the sequences', one of them `sequence`."""
+
+    def __call__(self, sequences: Sequences, empty: Empty) -> Arrays: ...
 
 
 class SequenceReader(Protocol):
@@ -74,15 +81,16 @@ _Read = tuple[_Task, list[MicroBatch]]
 class Reader:
     """Turns tasks into blocks of packed arrays. Picklable: a worker process holds one of its own."""
 
-    def __init__(self, stream: SequenceReader, pack: Callable[[Sequences], Arrays]) -> None:
-        self.stream, self.pack = stream, pack
+    def __init__(self, stream: SequenceReader, pack: Pack) -> None:
+        self.stream, self.pack, self._buffers = stream, pack, BufferPool()
 
     def __call__(self, tasks: list[_Task]) -> Iterator[Arrays]:
         """The micro-batches of all tasks, one after the other, some whole number of them a block."""
         micro = tasks[0].share.shape[1]
         size = micro * max(1, _PACK_TOKENS // (self.stream.raw_length * micro))
         numbers = np.concatenate([task.share for task in tasks]).reshape(-1)
-        return map(self.pack, self.stream.batches(numbers, size))
+        for sequences in self.stream.batches(numbers, size):
+            yield self.pack(sequences, self._buffers.empty)
 
 
 def _steps(tasks: list[_Task], blocks: Iterable[Arrays]) -> Iterator[_Read]:
@@ -107,13 +115,13 @@ class Loader:
         self,
         stream: SequenceReader,
         plan: Plan,
-        pack: Callable[[Sequences], Arrays],
+        pack: Pack,
         *,
         workers: int | Literal["thread"] = 0,
         prefetch: int = 2,
         device: torch.device | str = "cpu",
     ) -> None:
-        if workers != "thread" and not (isinstance(workers, int) and workers >= 0):
+        if workers != "thread" and not (type(workers) is int and workers >= 0):
             raise ConfigError(f"data.workers={workers!r}: give a number of processes, 0 or 'thread'")
         self.stream, self.plan = stream, plan
         self.device = torch.device(device)
@@ -134,6 +142,11 @@ class Loader:
             self._pool = self._pool or WorkerPool(self._reader, int(self._workers))
             self._steps = _Prefetched(self._receive(self._pool, tasks), self._prefetch)
         return self
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers; empty without processes."""
+        return self._pool.pids if self._pool else []
 
     def __iter__(self) -> Loader:
         return self

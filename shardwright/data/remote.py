@@ -14,9 +14,10 @@ import random
 import re
 import secrets
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,12 +26,13 @@ from shardwright.config import ConfigError
 from shardwright.data.manifest import ShardError
 from shardwright.log import get_logger
 
-_CHUNK = 1 << 20
 _STALE_S = 3600.0
 _MAX_WAIT_S = 30.0
-_PICKLED = (".pickle", ".pkl", ".pyd", ".pth", ".pt", ".bin", ".joblib", ".dill")
+_PICKLED = (".pickle", ".pkl", ".pyd", ".pth", ".pt", ".joblib", ".dill")
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)*", re.ASCII)
 R = TypeVar("R")
+#: (url, sha256, size) of a remote file; the size may be unknown.
+Wanted = tuple[str, str, int | None]
 
 
 def is_remote(path: str | Path) -> bool:
@@ -93,8 +95,9 @@ class Retry:
 
 def read_bytes(url: str, *, allow: Collection[str] = (), retry: Retry | None = None) -> bytes:
     """All bytes of a small remote file; FileNotFoundError, or ShardError once the attempts are used up."""
+    check_url(url, allow)
     retry = retry or Retry()
-    return retry.run(url, lambda: b"".join(_chunks(url, allow, retry.timeout_s)))
+    return retry.run(url, lambda: _read(url, retry.timeout_s))
 
 
 def default_cache_folder() -> Path:
@@ -114,16 +117,40 @@ class ShardCache:
     max_bytes: int = 20 << 30
     retry: Retry = Retry()
     allow: tuple[str, ...] = ()
+    _held: set[Path] = field(default_factory=set, init=False, repr=False)
+    _seen: set[Path] = field(default_factory=set, init=False, repr=False)
+    _locks: dict[Path, threading.Lock] = field(default_factory=dict, init=False, repr=False)
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(self), (self.folder, self.max_bytes, self.retry, self.allow)
+
+    @contextmanager
+    def holding(self, *wanted: Wanted) -> Iterator[list[Path]]:
+        """Copies of these (url, sha256, size), which no other thread evicts before the block ends, when they are open.
+
+        Another process may: then opening fails, and the caller asks again.
+        """
+        places = [self._place(url, sha256) for url, sha256, _ in wanted]
+        self._held.update(places)
+        try:
+            yield [self.fetch(*one) for one in wanted]
+        finally:
+            self._held.difference_update(places)
 
     def fetch(self, url: str, sha256: str, size: int | None = None) -> Path:
         """The local copy of `url`, fetched if it is not here; ShardError where what arrives is not what was named."""
         check_url(url, self.allow)
         path = self._place(url, sha256)
+        with self._locks.setdefault(path, threading.Lock()):  # a thread that wants what another fetches waits for it
+            return self._fetch(url, path, sha256, size)
+
+    def _fetch(self, url: str, path: Path, sha256: str, size: int | None) -> Path:
         with suppress(OSError):
             found = path.stat().st_size
             if size is None or found == size:
                 os.utime(path)  # the time of last use, which eviction sorts by
                 return path
+        self._warn_if_too_small(path)
         try:
             self.retry.run(url, lambda: self._transfer(url, path, sha256, size))
         except FileNotFoundError:
@@ -135,8 +162,19 @@ class ShardCache:
 
     def forget(self, path: str | Path) -> None:
         """Drop a copy that turned out bad, so that the next fetch gets it anew."""
+        self._seen.discard(Path(path))
         with suppress(FileNotFoundError):
             os.unlink(path)
+
+    def _warn_if_too_small(self, path: Path) -> None:
+        if path in self._seen:
+            get_logger(__name__).warning(
+                "%s: a shard cache of %.3g GiB is too small, shards in use are fetched again; raise data.cache_gib",
+                self.folder,
+                self.max_bytes / 2**30,
+            )
+            self._seen.clear()
+        self._seen.add(path)
 
     def _place(self, url: str, sha256: str) -> Path:
         if len(sha256) != 64 or not all(c in "0123456789abcdef" for c in sha256):
@@ -144,20 +182,18 @@ class ShardCache:
         return Path(self.folder) / sha256[:2] / (sha256 + posixpath.splitext(url)[1])
 
     def _transfer(self, url: str, path: Path, sha256: str, size: int | None) -> None:
-        """One attempt: stream to a name of our own, compare size and hash, and only then rename."""
+        """One attempt: download to a name of our own, compare size and hash, and only then rename."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        digest, received = hashlib.sha256(), 0
         try:
-            with temporary.open("wb") as file:
-                for chunk in _chunks(url, self.allow, self.retry.timeout_s):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    received += len(chunk)
+            _download(url, temporary, self.retry.timeout_s)
+            received = temporary.stat().st_size
             if size is not None and received != size:
                 raise OSError(f"{received} bytes arrived, expected {size}: the file is truncated")
-            if digest.hexdigest() != sha256:
-                raise OSError(f"sha256 {digest.hexdigest()} arrived, expected {sha256}: the file was altered")
+            with temporary.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != sha256:
+                raise OSError(f"sha256 {found} arrived, expected {sha256}: the file was altered")
             os.replace(temporary, path)
         finally:
             with suppress(FileNotFoundError):
@@ -178,43 +214,51 @@ class ShardCache:
         for _, size, path in sorted(found):
             if total <= self.max_bytes:
                 break
-            if path != keep:
+            if path != keep and path not in self._held:
                 with suppress(FileNotFoundError):
                     path.unlink()
                 total -= size
 
 
-def _chunks(url: str, allow: Collection[str], timeout_s: float) -> Iterator[bytes]:
-    """The bytes of a URL as they arrive."""
-    check_url(url, allow)
+def _open_system(url: str, timeout_s: float) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path in it.
+
+    Files are read whole by one request each: fsspec's file objects ask for the size first, and over HTTP report any
+    failure of that as a missing file.
+    """
+    from fsspec.core import url_to_fs
+
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):
+        import aiohttp
+
+        # A stalled server must be a failure that is tried again, not a hang.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
+        options = {"client_kwargs": {"timeout": timeout}}
+    return url_to_fs(url, **options)
+
+
+def _download(url: str, path: Path, timeout_s: float) -> None:
     if url.startswith("pipe:"):
-        yield from _pipe_chunks(url)
-        return
-    import fsspec
-
-    with fsspec.open(url, "rb", **_options(url, timeout_s)) as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
+        with path.open("wb") as file:
+            _run_pipe(url, stdout=file)
+    else:
+        system, place = _open_system(url, timeout_s)
+        system.get_file(place, str(path))
 
 
-def _options(url: str, timeout_s: float) -> dict[str, Any]:
-    """A stalled server must be a failure that is tried again, not a hang; plain streaming, whole files are read."""
-    if not url.startswith(("http://", "https://")):
-        return {}
-    import aiohttp
-
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
-    return {"block_size": 0, "client_kwargs": {"timeout": timeout}}
+def _read(url: str, timeout_s: float) -> bytes:
+    if url.startswith("pipe:"):
+        return _run_pipe(url, stdout=subprocess.PIPE)
+    system, place = _open_system(url, timeout_s)
+    return system.cat_file(place)
 
 
-def _pipe_chunks(url: str) -> Iterator[bytes]:
-    command = url.removeprefix("pipe:")
-    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
-        assert process.stdout is not None
-        while chunk := process.stdout.read(_CHUNK):
-            yield chunk
-    if process.returncode:
-        raise OSError(f"the command ended with code {process.returncode}")
+def _run_pipe(url: str, stdout: Any) -> bytes:
+    done = subprocess.run(url.removeprefix("pipe:"), shell=True, stdin=subprocess.DEVNULL, stdout=stdout)
+    if done.returncode:
+        raise OSError(f"the command ended with code {done.returncode}")
+    return done.stdout
 
 
 def _describe(error: BaseException) -> str:

@@ -9,22 +9,21 @@ Shapes: S sequences, R raw tokens of a sequence, E document starts found in them
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from shardwright.config import ConfigError
-from shardwright.data.manifest import Manifest, ShardError, ShardInfo
+from shardwright.data.files import ShardFiles
+from shardwright.data.manifest import ShardError
 from shardwright.data.order import Order, Places
-from shardwright.data.remote import ShardCache, is_remote, join
-from shardwright.data.shards import DTYPES, Shard
+from shardwright.data.remote import ShardCache
+from shardwright.data.shards import DTYPES
 
-_SHARDS_OPEN = 1024
-_FETCHES_AT_ONCE = 8
+# Positions of a lane by which the shards that it will need are fetched ahead.
+_AHEAD = 256
 
 
 @dataclass(frozen=True)
@@ -65,82 +64,6 @@ class TrainingSequence:
         """Each token's position since its document began, or since the sequence did, int64 [R]."""
         starts = np.union1d([0], self.document_starts)
         return np.arange(len(self.tokens)) - starts[self.documents()]
-
-
-class ShardFiles:
-    """The shards of one split of one prepared folder, opened when first wanted, local or through the cache."""
-
-    def __init__(self, path: str, split: str, cache: ShardCache | None = None, allow: Collection[str] = ()) -> None:
-        self.manifest = Manifest.load(path, allow)
-        self.split = self.manifest.split(split)
-        self.sizes = [shard.tokens for shard in self.split.shards]
-        self._root = self.manifest.root
-        self._cache = (cache or ShardCache(allow=tuple(allow))) if is_remote(self._root) else None
-        self.open: dict[int, Shard] = {}
-        self._dropped: set[str] = set()
-
-    @property
-    def remote(self) -> bool:
-        """Whether shards come over the network."""
-        return self._cache is not None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "open": {}}
-
-    def shard(self, number: int) -> Shard:
-        """Shard `number` of the manifest; ShardError where it is missing, truncated or another tokenizer's."""
-        found = self.open.get(number)
-        if found is None:
-            found = self._opened(self.split.shards[number])
-            if len(self.open) >= _SHARDS_OPEN:
-                self.open.pop(next(iter(self.open)), None)
-            self.open[number] = found
-        return found
-
-    def drop_bad(self, error: ShardError) -> bool:
-        """Forget the copy in the cache that an error is about, to be fetched once more; False if it is not of these."""
-        for number, shard in list(self.open.items()):
-            if self._cache is not None and error.path == shard.path and error.path not in self._dropped:
-                self._dropped.add(shard.path)
-                self._cache.forget(shard.path)
-                self._cache.forget(shard.index_path)
-                del self.open[number]
-                return True
-        return False
-
-    def fetch(self, numbers: Collection[int]) -> None:
-        """Open these shards, those that must come over the network side by side."""
-        missing = [number for number in numbers if number not in self.open]
-        if self._cache is None or len(missing) < 2:
-            return
-        with ThreadPoolExecutor(min(_FETCHES_AT_ONCE, len(missing))) as pool:
-            list(pool.map(self.shard, missing))
-
-    def _opened(self, info: ShardInfo) -> Shard:
-        tar, index = join(self._root, info.path), join(self._root, info.index)
-        if self._cache is None:
-            shard = Shard(tar, index, info.index_sha256)
-        else:
-            shard = self._fetched(self._cache, tar, index, info)
-        if shard.facts["tokenizer_sha256"] != self.manifest.tokenizer["sha256"] or shard.num_tokens != info.tokens:
-            raise ShardError(
-                f"{tar}: of another tokenizer or length than its manifest says; run `shardwright prepare` again"
-            )
-        return shard
-
-    @staticmethod
-    def _fetched(cache: ShardCache, tar: str, index: str, info: ShardInfo) -> Shard:
-        for last in (False, False, True):
-            local = cache.fetch(tar, info.sha256, info.bytes), cache.fetch(index, info.index_sha256)
-            try:
-                return Shard(*local, info.index_sha256)
-            except ShardError:  # another process evicted one between fetch and open, or the copy went bad on this disk
-                if last:
-                    raise
-                if all(map(os.path.exists, local)):
-                    for path in local:
-                        cache.forget(path)
-        raise AssertionError("unreachable")
 
 
 class _Rows:
@@ -247,7 +170,7 @@ class Stream:
         real = numbers >= 0
         batch.lengths[real] = length = self.raw_length
         if any(files.remote for files in self.files):
-            self._fetch(places)
+            self._fetch(numbers[real])
         columns = (real, places.source, places.epoch, places.place, places.shard, places.offset)
         for row, (wanted, source, epoch, place, shard, offset) in enumerate(zip(*map(_listed, columns), strict=True)):
             if not wanted:
@@ -273,10 +196,13 @@ class Stream:
                 at += stop - offset
             place, offset = (place + 1) % len(shards), 0
 
-    def _fetch(self, places: Places) -> None:
-        """Bring the remote shards of a batch side by side; those that sequences run on into come when they are read."""
-        for number, files in enumerate(self.files):
-            files.fetch(set(places.shard[places.source == number].tolist()))
+    def _fetch(self, numbers: np.ndarray) -> None:
+        """Bring the remote shards of a batch side by side, and ask for those that its lanes need later."""
+        for work, later in (ShardFiles.fetch, 0), (ShardFiles.fetch_ahead, _AHEAD * self.lanes):
+            places = self.order.locate(numbers + later)
+            for number, files in enumerate(self.files):
+                if files.remote:
+                    work(files, np.unique(places.shard[places.source == number]).tolist())
 
 
 class ValidationStream:

@@ -220,11 +220,11 @@ class SentencePieceBackend:
         self.vocab_size = self.library.vocab_size()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.library.encode(list(texts))
+        return [self.library.encode(text) for text in texts]  # a list would start threads in every worker
 
     def encode_with_starts(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        found = self.library.encode(list(texts), out_type="immutable_proto")  # type: ignore[arg-type]
-        return [([p.id for p in proto.pieces], [p.begin for p in proto.pieces]) for proto in found]
+        found = [self.library.encode(text, return_type="offset_mapping") for text in texts]
+        return [(mapping["ids"], [start for start, _ in mapping["offsets"]]) for mapping in found]
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         return self.library.decode(list(ids))

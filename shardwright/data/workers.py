@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from shardwright.config import RunError
+from shardwright.data.buffers import BufferPool
 
 Arrays = dict[str, np.ndarray]
 #: What a job gives: blocks of named arrays.
@@ -73,7 +74,7 @@ class _Worker:
 
     def __init__(self, number: int, function: bytes) -> None:
         context = multiprocessing.get_context("spawn")
-        self.number, self._busy = number, False
+        self.number, self._busy, self._buffers = number, False, BufferPool()
         self.connection, theirs = context.Pipe()
         self.process = context.Process(
             target=_work, args=(theirs, function), name=f"shardwright-data-{number}", daemon=True
@@ -97,7 +98,7 @@ class _Worker:
         try:
             kind, value, size = self.connection.recv()
             self._busy = False
-            payload = _read_exactly(self.connection.fileno(), size)
+            payload = _read_exactly(self.connection.fileno(), self._buffers.empty((size,), np.uint8))
         except (EOFError, OSError):
             self._raise_dead()
         if kind == "error":
@@ -199,8 +200,7 @@ def _view(payload: np.ndarray, at: int, dtype: str, shape: tuple[int, ...]) -> n
     return payload[at : at + size].view(array).reshape(shape)
 
 
-def _read_exactly(descriptor: int, size: int) -> np.ndarray:
-    payload = np.empty(size, np.uint8)
+def _read_exactly(descriptor: int, payload: np.ndarray) -> np.ndarray:
     rest = payload.data
     while len(rest):
         got = os.readv(descriptor, [rest])

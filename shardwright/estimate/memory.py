@@ -12,7 +12,7 @@ from shardwright.model.transformer import TransformerConfig
 
 # float32 moments a parameter. Muon keeps one for matrices of blocks and two for the rest; Adafactor a row and a column.
 MOMENTS = {"adamw": 2.0, "adam": 2.0, "sgd": 1.0, "adafactor": 0.0}
-CHUNK_ROWS = 1024  # of objective.cross_entropy
+CHUNK_ROWS = 2048  # of objective.cross_entropy
 CHUNK_COPIES = 3  # logits, log-probabilities and their gradient in float32
 
 

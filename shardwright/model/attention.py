@@ -45,7 +45,7 @@ class Core(nn.Module):
 class Attention(nn.Module):
     """Multi-, grouped- or single-head attention with optional rotary positions and q/k norms.
 
-    `fused` runs q, k and v as one GEMM; set it False where the projections must be called as modules.
+    `fused` lets a compiled graph run q, k and v as one GEMM; set it False where they must be called as modules.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, D] -> q [B, T, H, d], k and v [B, T, K, d]."""
-        if self.fused:
+        if self.fused and torch.compiler.is_compiling():
             sizes = [p.weight.shape[0] for p in (self.q, self.k, self.v)]
             parts = linear(x, *join([self.q, self.k, self.v])).split(sizes, dim=-1)
         else:

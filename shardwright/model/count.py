@@ -81,7 +81,8 @@ def activation_bytes(config: TransformerConfig, tokens: int, *, value_bytes: int
     (2 H d + 2 K d), and of the feed-forward layer its pre-activation and the input of `down` (2 F), or gate,
     activated gate, up and their product (4 F). Plus float32 statistics: one a head (log-sum-exp), one (RMS) or two
     (mean and deviation) a norm. Dropout is recomputed from its keys but keeps a bool a value and site.
-    A recomputed block keeps its input alone. A compiled block keeps less: what is cheap it computes again.
+    A recomputed block keeps its input alone. A compiled block keeps less: what is cheap it computes again. Where
+    torch has no fused RMSNorm (CPU), each keeps D values more.
     """
     c = config
     if recomputed:

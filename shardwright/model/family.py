@@ -29,20 +29,23 @@ class HuggingFaceMap:
     """How a family is written in Hugging Face's names.
 
     architecture, model_type: what config.json says.
-    fields: our config field -> their key, values equal.
+    fields: our config field -> their keys (a dot goes into a section); all are written, the first found is read.
     values: our config field -> (their key, {our value: their value}).
     ours: config fields of ours that their format cannot say otherwise.
     theirs: their keys that must have these values, or be absent.
-    tensors: every tensor. ignored: endings of buffers that carry nothing.
+    tensors: every tensor. tied: their head and embedding, one tensor where the head is tied.
+    prefix: what the names lack in checkpoints of the bare stack. ignored: endings of buffers that carry nothing.
     """
 
     architecture: str
     model_type: str
-    fields: Mapping[str, str]
+    fields: Mapping[str, tuple[str, ...]]
     tensors: tuple[TensorRule, ...]
     values: Mapping[str, tuple[str, Mapping[Any, Any]]] = field(default_factory=dict)
     ours: Mapping[str, Any] = field(default_factory=dict)
     theirs: Mapping[str, Any] = field(default_factory=dict)
+    tied: tuple[str, str] = ("", "")
+    prefix: str = ""
     ignored: tuple[str, ...] = ()
 
 

@@ -72,7 +72,10 @@ def build_norm(kind: str, width: int, *, eps: float, weight: bool = True, bias: 
 
 
 def join(parts: list[Linear]) -> tuple[Tensor, Tensor | None]:
-    """Weights [sum of out, in] and biases [sum of out] of linear layers, to be run as one GEMM."""
+    """Weights [sum of out, in] and biases [sum of out] of linear layers, to be run as one GEMM.
+
+    For compiled graphs, which join again in the backward pass: without a compiler the copy would be kept for it.
+    """
     weights: list[Tensor] = [p.weight for p in parts]
     biases: list[Tensor] = [p.bias for p in parts if p.bias is not None]
     return torch.cat(weights), torch.cat(biases) if biases else None
@@ -81,7 +84,7 @@ def join(parts: list[Linear]) -> tuple[Tensor, Tensor | None]:
 class MLP(nn.Module):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) where the activation is gated.
 
-    `fused` runs gate and up as one GEMM; set it False where they must be called as modules.
+    `fused` lets a compiled graph run gate and up as one GEMM; set it False where they must be called as modules.
     """
 
     def __init__(self, width: int, hidden: int, activation: str, *, bias: bool) -> None:
@@ -96,7 +99,7 @@ class MLP(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         if self.gate is None:
             return self.down(self.function(self.up(x)))
-        if self.fused:
+        if self.fused and torch.compiler.is_compiling():
             gate, up = linear(x, *join([self.gate, self.up])).chunk(2, dim=-1)
         else:
             gate, up = self.gate(x), self.up(x)

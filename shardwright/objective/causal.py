@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from shardwright.config import ObjectiveConfig, meaning
-from shardwright.objective.cross_entropy import Head, linear_cross_entropy
+from shardwright.objective.cross_entropy import Head, Kernel, linear_cross_entropy, loss_and_gradient
 
 
 class CausalConfig(ObjectiveConfig):
@@ -28,6 +29,11 @@ class Causal:
 
     def __init__(self, config: CausalConfig) -> None:
         self.config = config
+        self.kernel: Kernel = loss_and_gradient
+
+    def compile(self) -> None:
+        """Have the element-wise part of the loss compiled."""
+        self.kernel = torch.compile(loss_and_gradient, fullgraph=True)
 
     def raw_length(self, length: int) -> int:
         """Tokens of the stream that one sequence of `length` inputs needs."""
@@ -43,4 +49,4 @@ class Causal:
 
     def loss(self, hidden: Tensor, head: Head, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sum of each term: hidden [B,T,D] -> {"lm": scalar}."""
-        return {"lm": linear_cross_entropy(hidden, head, batch["labels"], batch["weights"])}
+        return {"lm": linear_cross_entropy(hidden, head, batch["labels"], batch["weights"], self.kernel)}

@@ -254,6 +254,7 @@ SCRIPT = """
   };
   const logarithmic = chart => {  // linear under one decade, then ticks at 1-2-5, over two at powers of ten
     const values = chart.traces.flatMap(t => t.y).filter(v => v > 0);
+    if (!values.length) return {};
     const decades = Math.log10(values.reduce((a, b) => Math.max(a, b)) / values.reduce((a, b) => Math.min(a, b)));
     return decades < 1 ? {} : { type: "log", dtick: decades < 2 ? "D2" : Math.ceil(decades / 6) };
   };

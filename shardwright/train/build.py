@@ -120,7 +120,10 @@ def build_step(config: Config, world: World) -> Step:
     torch.use_deterministic_algorithms(config.train.deterministic)
     model = build_weights(config, world)
     apply_blocks(model, config)
-    loss_model = LossModel(model, build_objective(config), config.train.seed)
+    objective = build_objective(config)
+    if wants_compile(config):
+        objective.compile()
+    loss_model = LossModel(model, objective, config.train.seed)
     compute = FORMATS[config.precision.compute]
     masters = Masters(model, compute)
     optimizer = build_optimizer(config.optimizer, list(masters.weights.items()))

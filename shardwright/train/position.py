@@ -19,6 +19,7 @@ class Position:
     drawn: int = 0  # sequences taken by finished steps, skipped steps included
     excluded: list[tuple[int, int]] = field(default_factory=list)  # [start, stop) of sequence numbers never taken
     elapsed: float = 0.0  # seconds of training, over all starts
+    startup: float = 0.0  # of these, until the first step was done: building and compiling
     interventions: int = 0  # skips and roll-backs so far
     progress: dict[str, Any] = field(default_factory=dict)  # of train.schedule.Progress
 

@@ -68,6 +68,7 @@ class Run:
     def __init__(self, config: Config, world: World, corpus: Corpus, folder: Path, signals: Signals) -> None:
         self.config, self.world, self.corpus, self.folder, self.signals = config, world, corpus, folder, signals
         self.position = Position()
+        self._begun = time.monotonic()
         self.length = config.data.sequence_length
         self.ramp = build_ramp(config.batch, config.global_batch())
         self.progress = build_progress(config.train)
@@ -156,7 +157,9 @@ class Run:
         self.loader.start(self.position.step, self.position.drawn, plan)
 
     def _start_clock(self) -> None:
-        self._zero = time.monotonic() - self.position.elapsed
+        # The budget runs from the moment the command began; building is a part of it.
+        begun = time.monotonic() if self.position.elapsed else self._begun
+        self._zero = begun - self.position.elapsed
         self._logged_at, self._logged_step, self._logged_tokens = time.monotonic(), self.position.step, self.tokens
 
     # ------------------------------------------------------------------------------------------ loop
@@ -201,6 +204,8 @@ class Run:
         self.position.drawn += batch.count
         self.position.elapsed = time.monotonic() - self._zero
         self.step_seconds = time.monotonic() - begin
+        if self.position.step == 1:
+            self.position.startup, self.step_seconds = self.position.elapsed, 0.0
 
     def _after_step(self) -> None:
         config, step = self.config, self.position.step
@@ -227,7 +232,9 @@ class Run:
             return self.progress.at_step(self.position.step)
         if self.progress.unit == "tokens":
             return self.progress.at_tokens(self.tokens, count * self.length)
-        return self.progress.at_clock(self.position.step, self.position.elapsed, self.step_seconds)
+        return self.progress.at_clock(
+            self.position.step, self.position.elapsed, self.step_seconds, self.position.startup
+        )
 
     # ------------------------------------------------------------------------------------------ verdicts
 
@@ -246,7 +253,7 @@ class Run:
         guard, scaled = self.config.guard, self.step.scaler.enabled
         what = self._describe(outcome)
         floor = self.config.precision.loss_scale.floor
-        if outcome.overflow and scaled and outcome.loss_scale > floor:
+        if outcome.overflow and scaled and outcome.loss_scale > floor * (1 + 1e-6):  # the scale is a float32
             log.warning("%s; skipped, normal now and then; the loss scale was %g", what, outcome.loss_scale)
             return False
         if outcome.overflow and scaled:

@@ -111,16 +111,20 @@ class Progress:
         assert self.unit == "tokens"
         return min((consumed + 0.5 * batch) / self.total, 1.0)
 
-    def at_clock(self, step: int, elapsed: float | None, step_seconds: float = 0.0) -> float:
+    def at_clock(
+        self, step: int, elapsed: float | None, step_seconds: float = 0.0, startup: float = 0.0
+    ) -> float:
         """Position of step `step`, which starts `elapsed` seconds into the run and takes about `step_seconds`.
 
+        The first `startup` seconds (building, compiling) are part of the budget, but not of the schedule.
         Time before a resume counts; the caller reads the clock on one rank and tells the others. elapsed=None
         only replays: ValueError where the trace ends.
         """
         assert self.unit == "seconds"
         if step == len(self.trace) and elapsed is not None:
             latest = self.trace[-1] if self.trace else 0.0
-            self.trace.append(max(latest, min((elapsed + 0.5 * step_seconds) / self.total, 1.0)))
+            position = (elapsed - startup + 0.5 * step_seconds) / max(self.total - startup, 1e-9)
+            self.trace.append(max(latest, min(position, 1.0)))
         if step >= len(self.trace):
             raise ValueError(f"train.budget: the recorded trace has {len(self.trace)} steps and no position of {step}")
         return self.trace[step]

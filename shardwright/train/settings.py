@@ -22,6 +22,7 @@ SCHEMA = build_schema(
 def read_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """A complete config from a file, a shipped name or a mapping, with ``key=value`` overrides."""
     config = load_config(source, overrides, schema=SCHEMA)
+    config.check_batch()
     if config.run is None:
         name = Path(source).stem if isinstance(source, str | Path) else "run"
         config.run = str(Path("runs") / name)

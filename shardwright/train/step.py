@@ -100,7 +100,7 @@ class Step:
         overflow = ~(torch.isfinite(norm) & torch.isfinite(self._loss))
         spike = self.spikes.judge(self._loss, overflow)
         skipped = overflow | (spike if self.spikes.config.spike != "ignore" else torch.zeros_like(spike))
-        self._scale_grads(norm, scale)
+        self._scale_grads(norm, scale, skipped)
         self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         set_factor(self.optimizer, factor)
         self.optimizer.step()
@@ -108,13 +108,14 @@ class Step:
         self.scaler.update(overflow)
         return torch.stack([self._loss, norm, skipped.float(), overflow.float(), spike.float(), scale])
 
-    def _scale_grads(self, norm: Tensor, scale: Tensor) -> None:
+    def _scale_grads(self, norm: Tensor, scale: Tensor, skipped: Tensor) -> None:
         if self.clip is None and not self.scaler.enabled:
             return
         factor = 1 / scale
         if self.clip is not None:
             factor = factor * (self.clip / (norm + 1e-6)).clamp(max=1.0)
-        self.masters.scale_grads(factor)
+        # A factor that is not finite would leave its mark between the tensors of the flat buffer.
+        self.masters.scale_grads(torch.where(skipped, 1.0, factor))
 
     def _counts(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         counts = [self.model.objective.count(batch) for batch in batches]

@@ -193,7 +193,7 @@ def test_a_young_or_hurt_run_still_has_a_page(browser: Browser, tmp_path: Path) 
     assert "No step has been logged yet" in page.evaluate("document.body.innerText")
     with MetricsLog(run, tensorboard=False) as log:
         log.log(1, {"loss": 5.0, "tokens": 10})
-        log.log(2, {"loss": math.nan, "tokens": 20, "loss_scale": 512.0})
+        log.log(2, {"loss": math.nan, "tokens": 20, "loss_scale": 512.0, "grad_norm": 0.0})
         log.log(2, {"val_loss": 4.0})
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')

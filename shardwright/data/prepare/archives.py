@@ -6,7 +6,9 @@ Finding records happens in the reading process, turning them into text in the wo
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from shardwright.config import ConfigError
@@ -87,8 +89,14 @@ def _local(tag: str) -> str:
 
 def page_text(data: bytes, address: str) -> str | None:
     """The main text of a web page, without menus and notices; None where there is none (trafilatura)."""
+    return _trafilatura().extract(data, url=address or None, include_comments=False)
+
+
+@cache
+def _trafilatura() -> Any:
     try:
         import trafilatura
     except ImportError:
         raise ConfigError("WARC files need trafilatura: pip install 'shardwright[data]'") from None
-    return trafilatura.extract(data, url=address or None, include_comments=False)
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # it complains of each page without text
+    return trafilatura

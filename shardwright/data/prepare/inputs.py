@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shardwright.config import ConfigError, RunError
+from shardwright.data.manifest import FORMAT
 from shardwright.log import get_logger
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
@@ -118,8 +119,13 @@ def _describe(path: Path, root: Path) -> InputFile:
 
 
 def _known(item: str, paths: Any) -> list[Path]:
-    """The files of a folder that end like data; the others are named once, never dropped in silence."""
+    """The files of a folder that end like data; the others are named once, never dropped in silence.
+
+    Folders that prepare wrote are no text and are passed over.
+    """
     files = [p for p in paths if p.is_file()]
+    prepared = {p.parent for p in files if p.name == "manifest.json" and FORMAT.encode() in p.read_bytes()}
+    files = [p for p in files if prepared.isdisjoint(p.parents)]
     known = [p for p in files if format_of(p.name)]
     if len(known) < len(files):
         other = [p.name for p in files if not format_of(p.name)]

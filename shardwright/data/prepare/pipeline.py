@@ -76,6 +76,14 @@ class _Preparation:
 
     def run(self) -> Manifest:
         """All passes, then the result moves to its place, the manifest last."""
+        if not (self.work / "manifest.json").exists():
+            self._work()
+        tokenizer = units.load_tokenizer(self.work)
+        manifest = state.publish(self.work, self.output, tokenizer)
+        get_logger().info(f"{self.output}: {_totals(manifest)}; tokenizer: {describe(tokenizer)}")
+        return manifest
+
+    def _work(self) -> None:
         job = Job(str(self.work), self.config.model_dump_json(), json.dumps(self.source))
         with build_pool(num_workers(self.config.workers)) as pool:
             cleaned = self._clean(pool, job)
@@ -84,10 +92,8 @@ class _Preparation:
             job = job._replace(key=tokenizer.sha256)
             self._encode(pool, job, cleaned, removed)
             splits = self._write_shards(pool, job, cleaned)
-        manifest = self._manifest(tokenizer, splits, cleaned, removed)
-        state.publish(self.work, self.output, manifest, tokenizer, self._broken_lines(cleaned))
-        get_logger().info(f"{self.output}: {_totals(manifest)}; tokenizer: {describe(tokenizer)}")
-        return manifest
+        state.save_skipped(self.work, self._broken_lines(cleaned))
+        self._manifest(tokenizer, splits, cleaned, removed).save(self.work)
 
     # -- pass 0: evaluation files -----------------------------------------------------------------------------------
 
@@ -341,12 +347,10 @@ def _explained(output: Path) -> Iterator[None]:
         raise ConfigError(f"{error.filename or output}: no write permission; choose another output=") from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            raise RunError(f"{error.filename or output}: {error.strerror or error}; run again to go on") from None
         free = shutil.disk_usage(output).free >> 20
         raise RunError(
             f"{output}: the disk is full ({free} MiB free); make room and run again: it goes on where it stopped"
         ) from None
     except KeyboardInterrupt:
         raise RunError(f"{output}: interrupted; run again to go on where it stopped") from None
-
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -259,9 +260,15 @@ class Reader:
     def hugging_face(self, location: str) -> Iterator[Found]:
         """Rows of a Hugging Face data set: hf:NAME[:CONFIG[:SPLIT]], or a folder that `save_to_disk` wrote."""
         name, config, split = [*location.removeprefix("hf:").split(":"), "", ""][:3]
-        rows = _load_dataset(name, config or None, split or "train")
-        for number, row in enumerate(rows, 1):
+        rows = iter(_load_dataset(name, config or None, split or "train"))
+        for number in itertools.count(1):
             self.where = f"row {number}"
+            try:
+                row = next(rows, None)
+            except Exception as error:  # what the hub's client raises
+                raise _unreachable(name, error) from None
+            if row is None:
+                return
             if self.config.text_field not in row:
                 self._column(list(row), self.where)
             yield Found(self.where, VALUE, row[self.config.text_field])
@@ -284,4 +291,9 @@ def _load_dataset(name: str, config: str | None, split: str) -> Any:
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise ConfigError(f"hf:{name}: {str(error).splitlines()[0]}") from None
     except Exception as error:  # what the hub's client raises
-        raise RunError(f"hf:{name}: cannot be loaded ({type(error).__name__}: {error}); run again to go on") from None
+        raise _unreachable(name, error) from None
+
+
+def _unreachable(name: str, error: Exception) -> RunError:
+    reason = (str(error).splitlines() or [""])[0]
+    return RunError(f"hf:{name}: cannot be loaded ({type(error).__name__}: {reason}); run again to go on")

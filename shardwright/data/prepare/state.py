@@ -28,6 +28,8 @@ from shardwright.data.tokenizers import Tokenizer, files_of
 from shardwright.log import get_logger
 
 WORK = ".prepare"
+SKIPPED = "skipped.jsonl"
+WORTH_KEEPING = 32  # finished units (of 2 MiB) from which unfinished work is not dropped for another recipe
 RECIPE = 1  # rises when the same recipe gives other bytes than before
 
 
@@ -108,8 +110,8 @@ def locked(output: Path) -> Iterator[Path]:
 def begin(work: Path, config: PrepareConfig, files: list[InputFile], source: dict[str, Any]) -> None:
     """Note in the work folder what it belongs to, or check it. `source`: hashes of tokenizer and evaluation files.
 
-    Another recipe is refused: hours may lie there. Other library versions, or changed files, make what was done from
-    them worthless; what came before the first changed file stays.
+    Another recipe is refused where more than a minute's work lies there, else it starts over. Other library versions,
+    or changed files, make what was done from them worthless; what came before the first changed file stays.
     """
     path = work / "state.json"
     now: dict[str, Any] = {
@@ -121,13 +123,15 @@ def begin(work: Path, config: PrepareConfig, files: list[InputFile], source: dic
     if path.exists():
         before = json.loads(path.read_text("utf-8"))
         mine, theirs = flatten(config.recipe()), flatten(before["recipe"])
-        changed = [key for key in mine if mine[key] != theirs.get(key)]
-        if changed:
+        changed = [key for key in mine if key != "input" and mine[key] != theirs.get(key)]
+        if changed and sum(1 for _ in work.rglob("*.part")) >= WORTH_KEEPING:
             raise ConfigError(
                 f"{work.parent}: its unfinished preparation {_difference(changed[0], theirs, mine)}; "
                 f"go on with that, choose another output= or delete {work}"
             )
-        if before["versions"] != now["versions"] or before["source"] != source:
+        if changed:
+            _forget(work)
+        elif before["versions"] != now["versions"] or before["source"] != source:
             get_logger().warning(f"{work.parent}: libraries, tokenizer or evaluation files have changed; starting over")
             _forget(work)
         elif before["files"] != now["files"]:
@@ -174,22 +178,28 @@ def cleaned_units(job: Job, files: list[InputFile]) -> tuple[list[dict[str, Any]
     return facts, file, behind
 
 
-def publish(
-    work: Path, output: Path, manifest: Manifest, tokenizer: Tokenizer, broken: list[dict[str, str]]
-) -> None:
-    """Move the shards to their places, write what lies beside them, the manifest last, and drop the work folder.
+def publish(work: Path, output: Path, tokenizer: Tokenizer) -> Manifest:
+    """Move what is complete in the work folder to its place, the manifest last, and drop the work folder.
 
-    Killed in between, the next run comes here again: what has moved already stays.
+    Its manifest says that it is complete. Killed in between, the next run comes here again and moves the rest.
     """
     for split in SPLITS:
         if (work / "shards" / split).is_dir():
+            shutil.rmtree(output / split, ignore_errors=True)  # of an attempt whose input has changed since
             os.rename(work / "shards" / split, output / split)
     tokenizer.save(output)
-    if broken:
-        lines = (json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n" for entry in broken)
-        write_atomic(output / "skipped.jsonl", "".join(lines).encode())
-    manifest.save(output)
+    if (work / SKIPPED).exists():
+        os.replace(work / SKIPPED, output / SKIPPED)
+    Manifest.load(work).save(output)
     shutil.rmtree(work, ignore_errors=True)
+    return Manifest.load(output)
+
+
+def save_skipped(work: Path, broken: list[dict[str, str]]) -> None:
+    """The list of broken input that was left out, if there is any."""
+    lines = (json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n" for entry in broken)
+    if broken:
+        write_atomic(work / SKIPPED, "".join(lines).encode())
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

@@ -112,14 +112,29 @@ def uncompress(stream: io.BufferedReader) -> io.BufferedReader:
             return stream
         opened: Any
         if kind == "gzip":
-            opened = gzip.GzipFile(fileobj=stream)
+            opened = Stepwise(gzip.GzipFile(fileobj=stream))
         elif kind == "bz2":
-            opened = bz2.BZ2File(stream)
+            opened = Stepwise(bz2.BZ2File(stream))
         elif kind == "xz":
-            opened = lzma.LZMAFile(stream)  # noqa: SIM115  (closed with the file below it)
+            opened = Stepwise(lzma.LZMAFile(stream))  # noqa: SIM115  (closed with the file below it)
         else:
             opened = ZstdFile(stream)
         stream = io.BufferedReader(opened, BUFFER)
+
+
+class Stepwise(io.RawIOBase):
+    """Gives out what a library could uncompress before it met damage; read in large pieces it would keep that back."""
+
+    def __init__(self, file: gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read1(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class ZstdFile(io.RawIOBase):

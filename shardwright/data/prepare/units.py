@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from shardwright.config import ConfigError
 from shardwright.data.manifest import ShardInfo, shard_path, write_atomic
 from shardwright.data.prepare import starts
 from shardwright.data.prepare.archives import page_text
@@ -101,7 +102,7 @@ def extract(record: Record, field: str) -> str | None:
     if record.kind == BROKEN:
         raise BrokenRecord(record.data)
     if record.kind == HTML:
-        return page_text(*record.data)
+        return _page(record.data)
     if record.kind == WIKI:
         return article_text(*record.data)
     if record.kind == TEXT:
@@ -119,6 +120,15 @@ def extract(record: Record, field: str) -> str | None:
     return value
 
 
+def _page(data: tuple[bytes, str]) -> str | None:
+    try:
+        return page_text(*data)
+    except ConfigError:
+        raise
+    except Exception as error:  # pages of the open web find faults that no library foresaw
+        raise BrokenRecord(f"no text can be extracted ({type(error).__name__}: {error})") from None
+
+
 def is_validation(text: str, every: int) -> bool:
     """Whether a document is kept for validation, by the text as its source gives it, before any cleaning.
 
@@ -127,9 +137,7 @@ def is_validation(text: str, every: int) -> bool:
     return every > 0 and int(hashlib.sha256(text.encode()).hexdigest(), 16) % every == 0
 
 
-def _refine(
-    text: str | None, config: PrepareConfig, filters: Filters, counts: dict[str, Counter[str]]
-) -> str | None:
+def _refine(text: str | None, config: PrepareConfig, filters: Filters, counts: dict[str, Counter[str]]) -> str | None:
     """Cleaned and masked text, None where there is none or a filter leaves it out."""
     text = clean(text, config.cleaning, counts["cleaning"]) if text else ""
     if not text.strip():

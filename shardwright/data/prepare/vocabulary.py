@@ -116,7 +116,7 @@ def _wordpiece_vocabulary(
 
 def _train_unigram(texts: Texts, options: TokenizerOptions, special: list[str]) -> Any:
     """Kudo 2018, with bytes for characters outside the alphabet and a token for the line end."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     if "<unk>" not in special:
         raise ConfigError("tokenizer.special_tokens: a Unigram needs <unk> among them")
@@ -125,7 +125,8 @@ def _train_unigram(texts: Texts, options: TokenizerOptions, special: list[str]) 
     vocabulary = [(piece, _NEVER) for piece in given] + pieces[: options.vocab_size - len(given)]
     library = Tokenizer(models.Unigram(vocabulary, unk_id=given.index("<unk>"), byte_fallback=True))
     line_ends = pre_tokenizers.Split("\n", "isolated")
-    library.pre_tokenizer = pre_tokenizers.Sequence([line_ends, pre_tokenizers.Metaspace(prepend_scheme="first")])
+    library.normalizer = normalizers.Prepend("▁")  # always, so that a leading space of the text is not lost
+    library.pre_tokenizer = pre_tokenizers.Sequence([line_ends, pre_tokenizers.Metaspace(prepend_scheme="never")])
     spaces = decoders.Replace("▁", " ")
     library.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     library.add_special_tokens(special)
@@ -197,9 +198,9 @@ class _CharacterCount:
             yield text
 
     def most_frequent(self, count: int) -> list[str]:
-        """The most frequent characters in their order, of equally frequent ones the smaller code first."""
-        order = np.argsort(-self._counts, kind="stable")[:count]
-        return [chr(code) for code in order if self._counts[code] and not chr(code).isspace()]
+        """The most frequent visible characters in their order, of equally frequent ones the smaller code first."""
+        order = np.argsort(-self._counts, kind="stable")[: np.count_nonzero(self._counts)]
+        return [chr(code) for code in order if not chr(code).isspace()][:count]
 
     def coverage(self, count: int) -> float:
         """Share of the text that the `count` most frequent characters make."""

@@ -81,14 +81,15 @@ def test_decontamination(tmp_path, request, language):
     snippet = texts[3][20:220]
     path = tmp_path / "test.jsonl"
     path.write_text(json.dumps({"question": "What is it?", "choices": [snippet, "short"]}))
-    options = PrepareConfig(input=["x"], output="y", filters={"decontaminate": [str(path)], "decontaminate_words": words})
+    filters = {"decontaminate": [str(path)], "decontaminate_words": words}
+    options = PrepareConfig(input=["x"], output="y", filters=filters)
     hashes: dict[str, str] = {}
     runs = contamination_of(list_inputs([str(path)]), options, hashes)
     assert len(runs) and list(hashes) == ["test.jsonl"]
-    filters, counts = Filters(options.filters, runs), Counter()
-    left = [text for text in texts if filters.keep(text, counts)]
+    chosen, counts = Filters(options.filters, runs), Counter()
+    left = [text for text in texts if chosen.keep(text, counts)]
     assert texts[3] not in left and counts["contamination"] == len(texts) - len(left) <= 2
-    assert filters.keep(texts[3][:20], counts)
+    assert chosen.keep(texts[3][:20], counts)
 
 
 def test_words_are_letters_and_single_ideographs():

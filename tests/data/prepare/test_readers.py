@@ -241,8 +241,9 @@ def warc_of(pages, kind="response"):
     writer = WARCWriter(buffer, gzip=True)
     for n, (media_type, body) in enumerate(pages):
         headers = StatusAndHeaders("200 OK", [("Content-Type", media_type)], protocol="HTTP/1.0")
+        headers = headers if kind == "response" else None
         record = writer.create_warc_record(
-            f"http://example.org/{n}", kind, payload=io.BytesIO(body), http_headers=headers if kind == "response" else None
+            f"http://example.org/{n}", kind, payload=io.BytesIO(body), http_headers=headers
         )
         writer.write_record(record)
     return buffer.getvalue()
@@ -276,7 +277,8 @@ def test_cut_off_warc(tmp_path, read, english):
 
 
 WIKI = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/"><siteinfo/>
-<page><title>Paris</title><ns>0</ns><revision><text>'''Paris''' is [[city|a city]].&lt;ref&gt;x&lt;/ref&gt;</text></revision></page>
+<page><title>Paris</title><ns>0</ns><revision>
+<text>'''Paris''' is [[city|a city]].&lt;ref&gt;x&lt;/ref&gt;</text></revision></page>
 <page><title>Lutetia</title><ns>0</ns><redirect title="Paris"/><revision><text>#REDIRECT</text></revision></page>
 <page><title>Talk:Paris</title><ns>1</ns><revision><text>talk</text></revision></page>
 <page><title>北京</title><ns>0</ns><revision><text>'''北京'''是[[中国]]的首都。</text></revision></page>

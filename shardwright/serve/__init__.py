@@ -1,0 +1,1 @@
+"""Using a trained model: generation now, a server later."""

@@ -1,0 +1,168 @@
+"""Hugging Face is the oracle: the same weights give the same logits, loss and gradients, in both directions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shardwright.interop.huggingface import export_tensors, import_tensors, read_config, write_config
+from shardwright.model.families import FAMILIES, build_model
+from shardwright.model.init import apply_init
+from shardwright.model.transformer import LanguageModel, TransformerConfig
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"vocab_size": 101, "layers": 3, "width": 32, "heads": 4, "max_length": 64}
+CASES = {
+    "gpt2": {"family": "gpt2", **SMALL},
+    "gpt2-free-head": {"family": "gpt2", **SMALL, "tied": False, "mlp_width": 80, "activation": "relu"},
+    "gpt2-exact-gelu": {"family": "gpt2", **SMALL, "activation": "gelu", "norm_eps": 1e-6},
+    "gpt3": {"family": "gpt3", **SMALL},
+    "llama": {"family": "llama", **SMALL, "mlp_width": 96},
+    "llama-grouped": {"family": "llama", **SMALL, "kv_heads": 2, "rope_theta": 500000.0},
+    "llama-single": {"family": "llama", **SMALL, "kv_heads": 1, "head_dim": 16, "tied": True},
+    "llama-biased": {"family": "llama", **SMALL, "qkv_bias": True, "out_bias": True, "mlp_bias": True},
+    "llama-geglu": {"family": "llama", **SMALL, "activation": "geglu"},
+}
+
+
+def build_ours(case: str, seed: int = 0) -> LanguageModel:
+    """A model with random biases and norms as well, so that nothing is tested at zero or one."""
+    fields = CASES[case]
+    config = FAMILIES[fields["family"]].config.model_validate(fields)
+    model = build_model(config)
+    apply_init(model, config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+def to_theirs(model: LanguageModel) -> torch.nn.Module:
+    raw = write_config(model.config)
+    config = transformers.AutoConfig.for_model(**{**raw, "bos_token_id": 0, "eos_token_id": 0})
+    config._attn_implementation = "eager"
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert type(theirs).__name__ == raw["architectures"][0]
+    state = dict(export_tensors(model.config, dict(model.named_parameters())))
+    result = theirs.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys
+    assert set(result.missing_keys) <= ({"lm_head.weight"} if model.config.tied else set())
+    return theirs
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("length", [33, 1])
+def test_logits_loss_and_gradients_equal(case: str, length: int) -> None:
+    ours = build_ours(case)
+    theirs = to_theirs(ours)
+    ids = torch.randint(0, 101, (3, length + 1), generator=torch.Generator().manual_seed(1))
+
+    logits = ours(ids[:, :-1])["logits"]
+    expected = theirs(ids[:, :-1]).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+    loss, target = (F.cross_entropy(x.flatten(0, 1), ids[:, 1:].flatten()) for x in (logits, expected))
+    torch.testing.assert_close(loss, target, atol=1e-6, rtol=1e-6)
+    loss.backward()
+    target.backward()
+    their_gradients = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    for name, gradient in import_tensors(ours.config, their_gradients):
+        mine = ours.get_parameter(name).grad
+        assert mine is not None
+        # Some (key biases of one token) are exactly zero: compare at the scale of the whole gradient.
+        torch.testing.assert_close(mine, gradient, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_is_bit_equal(case: str) -> None:
+    ours = build_ours(case)
+    theirs = to_theirs(ours)
+    back = dict(import_tensors(ours.config, theirs.state_dict()))
+    assert set(back) == {n for n, _ in ours.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(back[name], parameter), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_config_round_trip(case: str) -> None:
+    fields = CASES[case]
+    config = FAMILIES[fields["family"]].config.model_validate(fields)
+    theirs = transformers.AutoConfig.for_model(**write_config(config)).to_dict()
+    again = read_config(theirs)
+    assert write_config(again) == write_config(config)
+    shape = ("layers", "width", "num_kv_heads", "head_width", "hidden_width", "activation", "rope_theta", "tied")
+    assert [getattr(again, f) for f in shape] == [getattr(config, f) for f in shape]
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50, bos_token_id=0, eos_token_id=0),
+        transformers.LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32,
+                                 intermediate_size=40, vocab_size=50, tie_word_embeddings=True),
+    ],
+)  # fmt: skip
+def test_their_model_imports(theirs: transformers.PretrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(theirs).eval()
+    ours = build_model(read_config(theirs.to_dict())).eval()
+    ours.load_state_dict(dict(import_tensors(ours.config, model.state_dict())))
+    ids = torch.randint(0, 50, (2, 9))
+    torch.testing.assert_close(ours(ids)["logits"], model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_bare_stack_without_prefix_imports() -> None:
+    ours = build_ours("gpt2")
+    bare = {n.removeprefix("transformer."): t for n, t in export_tensors(ours.config, dict(ours.named_parameters()))}
+    bare["h.0.attn.bias"] = torch.ones(1)
+    back = dict(import_tensors(ours.config, bare))
+    assert all(torch.equal(back[n], p) for n, p in ours.named_parameters())
+
+
+def test_padding_on_either_side_changes_nothing() -> None:
+    ours = build_ours("llama-grouped")
+    ids = torch.randint(1, 101, (1, 9))
+    alone = ours(ids)["logits"]
+    for left in (0, 5):
+        padded = F.pad(ids, (left, 5 - left))
+        mask = F.pad(torch.ones_like(ids), (left, 5 - left))
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = ours(padded, attention_mask=mask, position_ids=positions)["logits"]
+        torch.testing.assert_close(logits[:, left : left + 9], alone, atol=1e-5, rtol=1e-5)
+
+
+def expect(message: str, config: TransformerConfig, tensors: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        list(import_tensors(config, tensors))
+    assert "\n" not in str(error.value)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    ours = build_ours("gpt2")
+    state = dict(export_tensors(ours.config, dict(ours.named_parameters())))
+    name = "transformer.h.1.ln_1.bias"
+    expect("1 missing .transformer.h.1.ln_1.bias", ours.config, {n: t for n, t in state.items() if n != name})
+    expect("1 unexpected .surprise", ours.config, state | {"surprise": torch.zeros(1)})
+    expect(r"ln_1.bias: has shape \(31,\)", ours.config, state | {name: torch.zeros(31)})
+    expect("lm_head.weight differs", ours.config, state | {"lm_head.weight": torch.zeros(101, 32)})
+
+
+def test_what_cannot_be_said_is_refused() -> None:
+    def config(family: str, **fields: object) -> TransformerConfig:
+        return FAMILIES[family].config.model_validate({"family": family, **SMALL, **fields})
+
+    with pytest.raises(ValueError, match="qk_norm=True"):
+        write_config(config("llama", qk_norm=True))
+    with pytest.raises(ValueError, match="out_bias=False: shares attention_bias"):
+        write_config(config("llama", qkv_bias=True))
+    with pytest.raises(ValueError, match="activation='relu2'"):
+        write_config(config("gpt2", activation="relu2"))
+    with pytest.raises(ValueError, match="model_type='mamba'"):
+        read_config({"model_type": "mamba"})
+    with pytest.raises(ValueError, match="rope_parameters.rope_type='llama3'"):
+        read_config({"model_type": "llama", "rope_parameters": {"rope_type": "llama3"}})
+    with pytest.raises(ValueError, match="hidden_act='tanh'"):
+        read_config({"model_type": "llama", "hidden_act": "tanh"})

@@ -1,0 +1,127 @@
+"""The command line as a user meets it: real processes, exit codes, one line for a mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shardwright.config import to_yaml
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "shardwright", *arguments]
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
+
+
+def refused(*arguments: str, code: int = 2, says: str) -> None:
+    answer = run(*arguments)
+    assert answer.returncode == code, answer.stderr
+    assert says in answer.stderr and len(answer.stderr.strip().splitlines()) == 1, answer.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, tmp_path_factory) -> Path:
+    """A finished run of a few steps, through the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    answer = run("train", "debug/gpt2", f"data.path={prepared}", f"run={folder / 'run'}", "train.steps=3", "--json")
+    assert answer.returncode == 0, answer.stderr
+    result = json.loads(answer.stdout)
+    assert result["step"] == 3 and 0 < result["val_bits_per_byte"] < 9 and 0 < result["xz_bits_per_byte"] < 9
+    return folder / "run"
+
+
+def test_every_command_has_help_with_an_example():
+    listing = run("--help").stdout
+    for command in ("prepare", "train", "eval", "generate", "report", "doctor", "schema"):
+        assert command in listing
+        assert "Example: shardwright" in run(command, "--help").stdout
+
+
+def test_train_again_is_done_and_eval_agrees(trained, prepared):
+    answer = run("train", "debug/gpt2", f"data.path={prepared}", f"run={trained}", "train.steps=3")
+    assert answer.returncode == 0 and "done:" in answer.stderr + answer.stdout
+    scored = json.loads(run("eval", str(trained), "--json").stdout)
+    result = json.loads((trained / "result.json").read_text())
+    assert scored["val_bits_per_byte"] == pytest.approx(result["val_bits_per_byte"], rel=1e-5)
+
+
+def test_generate_is_a_function_of_its_seed(trained):
+    first, again, other = (run("generate", str(trained), "--prompt", "The ", "--tokens", "12", "--seed", s).stdout
+                           for s in ("1", "1", "2"))  # fmt: skip
+    assert first.startswith("The ") and first == again != other
+
+
+def test_report_writes_a_page(trained, tmp_path):
+    answer = run("report", str(trained), "--output", str(tmp_path / "page.html"))
+    assert answer.returncode == 0 and (tmp_path / "page.html").stat().st_size > 1e5
+
+
+def test_dry_run_prints_batch_size_and_memory_and_makes_nothing(tmp_path, prepared):
+    answer = run("train", "debug/llama", f"data.path={prepared}", f"run={tmp_path / 'none'}", "--dry-run")
+    assert answer.returncode == 0, answer.stderr
+    for words in ("global batch 16 sequences = 8 a micro-batch x 2 micro-batches x 1 data ranks", "parameters:",
+                  "FLOPs a token:", "estimated memory:", "family: llama", "20 steps"):  # fmt: skip
+        assert words in answer.stdout
+    assert not (tmp_path / "none").exists()
+
+
+def test_mistakes(tmp_path, prepared, trained):
+    data = f"data.path={prepared}"
+    refused("train", "debug/gtp2", says="did you mean debug/gpt2")
+    refused("train", "debug/gpt2", data, "train.stepz=3", says="train.stepz: unknown key; did you mean 'steps'?")
+    refused("train", "debug/gpt2", data, "train.steps=many", says="train.steps: got 'many'")
+    refused("train", "debug/gpt2", f"data.path={tmp_path}", code=1, says="manifest.json: no such file")
+    refused("train", "debug/gpt2", data, "batch.micro=5", says="batch.micro=5: does not divide batch.sequences=16")
+    refused("train", "debug/gpt2", data, "data.sequence_length=999", says="longer than the model allows")
+    refused("train", "debug/gpt2", data, f"run={trained}", "optimizer.lr=1", says="holds the run of another config")
+    refused("generate", str(tmp_path), says="neither a run folder nor a checkpoint")
+    refused("prepare", str(tmp_path / "none.txt"), "--output", str(tmp_path / "o"), says="none.txt")
+
+
+def test_a_tokenizer_that_is_not_the_shards_own(tmp_path, prepared):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    tokenizer = copy / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"the"', '"eht"', 1) + "\n")
+    refused("train", "debug/gpt2", f"data.path={copy}", f"run={tmp_path / 'r'}", says="is not the tokenizer")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small tmpfs needs root")
+def test_a_full_disk_during_a_save_says_so_and_keeps_what_was_saved(tmp_path, tiny_disk, prepared):
+    arguments = ("train", "debug/gpt2", f"data.path={prepared}", f"run={tiny_disk / 'run'}", "checkpoint.every=1",
+                 "train.steps=6", "log.tensorboard=false", "checkpoint.keep_last=9")  # fmt: skip
+    answer = run(*arguments)
+    assert answer.returncode == 1, answer.stderr
+    last = answer.stderr.strip().splitlines()[-1]
+    assert "no space" in last.lower() and "Traceback" not in answer.stderr
+    assert list((tiny_disk / "run" / "checkpoints").glob("step_*"))
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 16 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_yaml_written_by_hand_trains(tmp_path, tiny_config):
+    path = tmp_path / "mine.yaml"
+    path.write_text(to_yaml(tiny_config))
+    assert run("train", str(path)).returncode == 0
+
+
+@pytest.fixture
+def tiny_config(prepared, tmp_path):
+    from shardwright.train.settings import read_config
+
+    return read_config("debug/llama", [f"data.path={prepared}", f"run={tmp_path / 'run'}", "train.steps=2"])
