@@ -63,6 +63,7 @@ EXTRAS = {
         "pytest>=8.3",
         "pytest-timeout>=2.3",
         "hypothesis>=6.115",
+        "jsonschema>=4.23",
         "ruff>=0.9",
         "mypy>=1.14",
         "pandas-stubs>=2.2",
@@ -88,7 +89,7 @@ setup(
     package_dir={"shardwright.configs": "configs"},
     package_data={
         "shardwright": ["py.typed"],
-        "shardwright.configs": ["*.yaml", "*/*.yaml"],
+        "shardwright.configs": ["*.yaml", "*/*.yaml", "schema.json"],
         "shardwright.data": ["bundled/*"],
     },
     include_package_data=False,

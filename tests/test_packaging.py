@@ -96,7 +96,7 @@ def test_it_trains_from_a_config_by_name(away: Path) -> None:
     run(shardwright, "train", "debug/gpt2", "train.steps=3", cwd=away)
     assert (away / "runs/debug-gpt2/metrics.jsonl").read_text().count('"loss"') >= 3
     text = run(shardwright, "generate", "runs/debug-gpt2", "--prompt", "The", "--tokens", "5", cwd=away)
-    assert text.startswith("The")
+    assert any(line.startswith("The") for line in text.splitlines()), text
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -31,6 +32,7 @@ _PACK_TOKENS = 65536
 _ORDER_SEQUENCES = 1024
 # Tokens that a worker sends at a time, over as many steps as they fill.
 _SENT_TOKENS = 65536
+_CLOSE_WAIT_S = 5.0
 MicroBatch = dict[str, Tensor]
 
 
@@ -125,7 +127,7 @@ class Loader:
             raise ConfigError(f"data.workers={workers!r}: give a number of processes, 0 or 'thread'")
         self.stream, self.plan = stream, plan
         self.device = torch.device(device)
-        self._reader, self._workers, self._prefetch = Reader(stream, pack), workers, max(1, prefetch)
+        self._pack, self._workers, self._prefetch = pack, workers, max(1, prefetch)
         self._pool: WorkerPool | None = None
         self._steps: Generator[_Read, None, None] | _Prefetched | None = None
 
@@ -139,7 +141,7 @@ class Loader:
         elif self._workers == "thread":
             self._steps = _Prefetched(self._read(tasks), self._prefetch)
         else:
-            self._pool = self._pool or WorkerPool(self._reader, int(self._workers))
+            self._pool = self._pool or WorkerPool(Reader(self.stream, self._pack), int(self._workers))
             self._steps = _Prefetched(self._receive(self._pool, tasks), self._prefetch)
         return self
 
@@ -173,13 +175,18 @@ class Loader:
         self._stop()
 
     def _stop(self) -> None:
-        if self._steps is not None:
+        if isinstance(self._steps, _Prefetched):
+            if not self._steps.close() and self._pool is not None:
+                self._pool.close()  # it hangs on a worker, which nobody else may then talk to
+                self._pool = None
+        elif self._steps is not None:
             self._steps.close()
-            self._steps = None
+        self._steps = None
 
     def _read(self, tasks: Iterator[_Task]) -> Generator[_Read, None, None]:
+        reader = Reader(self.stream, self._pack)  # with buffers of its own: a thread left behind may still fill its
         for group in _grouped(tasks, _ORDER_SEQUENCES):
-            yield from _steps(group, self._reader(group))
+            yield from _steps(group, reader(group))
 
     def _receive(self, pool: WorkerPool, tasks: Iterator[_Task]) -> Generator[_Read, None, None]:
         for group, result in pool.run(_grouped(tasks, _SENT_TOKENS // self.stream.raw_length)):
@@ -244,15 +251,16 @@ class _Prefetched:
             raise value
         raise StopIteration
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """Ask the thread to end and wait a while; False if it is stuck in a read, after which it will end alone."""
         self._stopped.set()
-        while self._thread.is_alive():  # it may be waiting for room
-            self._drain()
+        deadline = time.monotonic() + _CLOSE_WAIT_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):  # it may be waiting for room
+                while True:
+                    self._items.get_nowait()
             self._thread.join(0.01)
-
-    def _drain(self) -> None:
-        while not self._items.empty():
-            self._items.get_nowait()
+        return not self._thread.is_alive()
 
     def _run(self, items: Generator[_Read, None, None]) -> None:
         try:

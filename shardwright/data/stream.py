@@ -169,8 +169,9 @@ class Stream:
         batch = _Rows(numbers, self.raw_length, int(self.tokenizer["end_of_document"]), self._dtype)
         real = numbers >= 0
         batch.lengths[real] = length = self.raw_length
-        if any(files.remote for files in self.files):
-            self._fetch(numbers[real])
+        remote = any(files.remote for files in self.files)
+        if remote:  # side by side; the shards that sequences run on into come when they are read
+            self._fetch(ShardFiles.fetch, numbers[real])
         columns = (real, places.source, places.epoch, places.place, places.shard, places.offset)
         for row, (wanted, source, epoch, place, shard, offset) in enumerate(zip(*map(_listed, columns), strict=True)):
             if not wanted:
@@ -183,6 +184,8 @@ class Stream:
                 batch.starts.append(starts)
             else:
                 self._read_on(batch, row, files, self.order.sources[source].layout(epoch).shards, place, offset)
+        if remote:
+            self._fetch(ShardFiles.fetch_ahead, numbers[real] + _AHEAD * self.lanes)
         return batch.done()
 
     def _read_on(self, batch: _Rows, row: int, files: ShardFiles, shards: np.ndarray, place: int, offset: int) -> None:
@@ -196,13 +199,12 @@ class Stream:
                 at += stop - offset
             place, offset = (place + 1) % len(shards), 0
 
-    def _fetch(self, numbers: np.ndarray) -> None:
-        """Bring the remote shards of a batch side by side, and ask for those that its lanes need later."""
-        for work, later in (ShardFiles.fetch, 0), (ShardFiles.fetch_ahead, _AHEAD * self.lanes):
-            places = self.order.locate(numbers + later)
-            for number, files in enumerate(self.files):
-                if files.remote:
-                    work(files, np.unique(places.shard[places.source == number]).tolist())
+    def _fetch(self, work: Callable[[ShardFiles, list[int]], None], numbers: np.ndarray) -> None:
+        """Hand the remote shards that these sequences begin in to `work`, source by source."""
+        places = self.order.locate(numbers)
+        for number, files in enumerate(self.files):
+            if files.remote:
+                work(files, np.unique(places.shard[places.source == number]).tolist())
 
 
 class ValidationStream:

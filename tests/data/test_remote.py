@@ -153,7 +153,7 @@ def test_a_server_that_stays_bad_is_named(site: Site, cache: ShardCache, fault: 
     site.always = fault
     with pytest.raises(ShardError, match=rf"{site.url}/train/000/0000\d\.tar: 4 attempts failed.*({reason})"):
         stream.sequence(0)
-    assert files(cache) == []
+    assert files(cache) == []  # nothing half or wrong stays
     site.always = None
     assert len(stream.sequence(0).tokens) == 65  # a run that is started again goes on
 

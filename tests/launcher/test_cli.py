@@ -105,10 +105,10 @@ def test_a_full_disk_during_a_save_says_so_and_keeps_what_was_saved(tmp_path, ti
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """A file system of 16 MiB."""
+    """A file system of 4 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]).returncode:
         pytest.skip("mounting is not allowed here")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -14,7 +14,7 @@ from typing import Any
 from shardwright.config import ConfigError
 from shardwright.data.prepare.records import HTML, TEXT, WIKI, BrokenInput
 
-PAGE_TYPES = ("text/html", "application/xhtml+xml", "text/plain")
+PAGE_TYPES = ("text/html", "application/xhtml+xml")
 
 
 def read_warc(stream: io.BufferedReader) -> Iterator[tuple[str, tuple[str, Any]]]:

@@ -32,7 +32,7 @@ def build_pool(workers: int) -> Iterator[Pool]:
     executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     try:
         yield lambda function, tasks: _in_order(executor, 2 * workers + 2, function, tasks)
-    except BrokenProcessPool:
+    except (BrokenProcessPool, BrokenPipeError):
         raise RunError(
             "a worker process of prepare died; is memory short (use fewer workers=), or does the calling script lack "
             "`if __name__ == '__main__':`? Run again to go on where it stopped"
