@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -57,6 +57,12 @@ KINDS = {
     "copies and conversions": ("copy_",),
 }
 PACKAGES = ("torch", "transformers", "accelerate", "litgpt", "lightning")
+# What shardwright.parallel.mesh.keep_host_memory asks of glibc, as glibc's own variables.
+KEPT_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
 NUM_BATCHES, DOCUMENT = 16, 600  # batches of random tokens; mean length of a document in them
 
 
@@ -65,7 +71,7 @@ def main() -> None:
     options = arguments()
     facts = machine(options.device)
     figures: dict[str, Any] = {"benchmark": "step", "shape": asdict(SHAPES[options.shape]), **facts}
-    parts = [introduction(SHAPES[options.shape]), facts_table({**facts, **_peer_facts(options)})]
+    parts = [introduction(options), facts_table({**facts, **_peer_facts(options)})]
     for precision in options.precision:
         answers, known = measure(options, precision)
         found = summarise(answers, known, SHAPES[options.shape])
@@ -90,6 +96,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--shape", choices=SHAPES, default="small", help="model and batch")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     p.add_argument("--threads", type=int, help="CPU threads of each contender (default: torch's own choice)")
+    p.add_argument("--kept-memory", action="store_true", help="peers too keep freed memory, as ours does by itself")
     options = p.parse_args()
     if options.smoke:
         options.shape, options.rounds, options.fp32_rounds, options.steps = "tiny", 2, 1, 2
@@ -113,7 +120,7 @@ def contenders(options: argparse.Namespace, precision: str) -> Iterator[list[Con
         job = Job(asdict(shape), precision, options.device, options.threads, *write_tokens(Path(folder), shape))
         started = []
         for name in ("products", *options.only):
-            contender = start(name, job)
+            contender = start(name, job, KEPT_MEMORY if options.kept_memory and name in PEERS else {})
             stack.callback(contender.close)
             if name != "products":
                 warm = contender.ask(warm=0, steps=3)  # compiles, and brings memory to its size
@@ -122,10 +129,10 @@ def contenders(options: argparse.Namespace, precision: str) -> Iterator[list[Con
         yield started
 
 
-def start(name: str, job: Job) -> Contender:
+def start(name: str, job: Job, variables: Mapping[str, str] | None = None) -> Contender:
     """A contender's process, in the environment that it needs."""
     python = peers_python() if name in PEERS else sys.executable
-    return Contender(name, [python, HERE / "step_contenders.py", name, json.dumps(asdict(job))])
+    return Contender(name, [python, HERE / "step_contenders.py", name, json.dumps(asdict(job))], variables)
 
 
 def breakdown(options: argparse.Namespace) -> tuple[dict[str, float], str]:
@@ -221,14 +228,21 @@ def words(figures: dict[str, Any], square: float, own: float) -> str:
     return "\n".join(lines)
 
 
-def introduction(shape: Shape) -> str:
+def introduction(options: argparse.Namespace) -> str:
     """What was measured."""
+    shape = SHAPES[options.shape]
+    memory = (
+        "Peers were given glibc settings by which freed memory is kept, as ours asks for by itself."
+        if options.kept_memory
+        else "Ours asks glibc to keep freed memory; `--kept-memory` gives peers the same."
+    )
     return (
         f"GPT-2 with {shape.layers} layers, width {shape.width}, {shape.heads} heads and {shape.vocab_size:,} tokens "
         f"of vocabulary; batches of {shape.batch} x {shape.length} random tokens, the same for all; AdamW (torch's "
         "fused kernel for all), clipping at 1.0, no dropout, float32 masters. Every contender is a process that stays "
         "alive; they take turns (`benchmarks/step.py` says more). *Loss* is that of the last step: all of them learn "
-        "the same 16 batches by heart. Peers are measured as they come and compiled; `ours is` gives ours over theirs."
+        "the same 16 batches by heart. Peers are measured as they come and compiled; `ours is` gives ours over theirs. "
+        + memory
     )
 
 

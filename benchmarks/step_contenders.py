@@ -11,7 +11,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -357,7 +357,7 @@ def product_seconds(rows: int, inner: int, outer: int, dtype: torch.dtype, devic
     return best
 
 
-CONTENDERS = {
+CONTENDERS: dict[str, Callable[[Job, Channel], None]] = {
     "ours": partial(run_ours, masked=False),
     "ours-masked": partial(run_ours, masked=True),
     "trainer": partial(run_trainer, compiled=False),

@@ -176,7 +176,6 @@ class OptimizerConfig(Strict):
     nesterov: bool = meaning(True, "Nesterov momentum in sgd and muon")
     matrix_lr: float | None = meaning(None, "Muon's learning rate of matrices; null takes lr", gt=0)
     relative_step: bool = meaning(False, "Adafactor's own learning-rate rule")
-    fused: bool | Literal["auto"] = free("auto", "Fused kernels of torch where they exist")
 
 
 class ScheduleConfig(Strict):

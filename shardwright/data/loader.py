@@ -170,18 +170,22 @@ class Loader:
     def close(self) -> None:
         """Stop the thread and the processes."""
         if self._pool is not None:
-            self._pool.close()  # first: the thread may be waiting for a worker
-            self._pool = None
+            self._pool.kill()  # first: the thread may be waiting for a worker
         self._stop()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
     def _stop(self) -> None:
-        if isinstance(self._steps, _Prefetched):
-            if not self._steps.close() and self._pool is not None:
-                self._pool.close()  # it hangs on a worker, which nobody else may then talk to
-                self._pool = None
-        elif self._steps is not None:
-            self._steps.close()
-        self._steps = None
+        steps, self._steps = self._steps, None
+        if not isinstance(steps, _Prefetched):
+            if steps is not None:
+                steps.close()
+        elif not steps.close() and self._pool is not None:
+            self._pool.kill()  # it hangs on a worker, which nobody else may then talk to
+            steps.close()
+            self._pool.close()
+            self._pool = None
 
     def _read(self, tasks: Iterator[_Task]) -> Generator[_Read, None, None]:
         reader = Reader(self.stream, self._pack)  # with buffers of its own: a thread left behind may still fill its

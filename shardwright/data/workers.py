@@ -48,6 +48,10 @@ class WorkerPool:
         """Process ids of the workers."""
         return [worker.pid for worker in self._workers]
 
+    def kill(self) -> None:
+        """End the processes; a thread in `run` gets RunError. `close` afterwards, when no thread is left in there."""
+        _kill(self._workers)
+
     def run(self, jobs: Iterator[Any]) -> Iterator[tuple[Any, Result]]:
         """Each job and its result, in order. RunError where a worker died; an error in a job is raised in its place."""
         for worker in self._workers:
@@ -129,13 +133,17 @@ class _Worker:
 
 
 def _shut_down(workers: list[_Worker]) -> None:
+    _kill(workers)
     for worker in workers:
-        worker.connection.close()  # a worker that waits or writes sees the end of its pipe and leaves
+        worker.connection.close()
+
+
+def _kill(workers: list[_Worker]) -> None:
+    """End the processes, whatever they do; they hold nothing that could be lost."""
     for worker in workers:
-        worker.process.join(0.5)
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
+        worker.process.kill()
+    for worker in workers:
+        worker.process.join()
 
 
 @contextlib.contextmanager

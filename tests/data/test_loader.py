@@ -191,6 +191,18 @@ def test_a_killed_worker_is_named(stream: Stream) -> None:
     assert not psutil.wait_procs(others, timeout=10)[1]
 
 
+def test_a_worker_that_hangs_is_replaced(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shardwright.data.loader._CLOSE_WAIT_S", 0.1)
+    with Loader(stream, plan(), Packing(), workers=1, prefetch=1) as loader:
+        wanted = take(loader.start(), 3)
+        for _ in range(2):  # at a start, and at the end
+            stuck = loader.worker_pids[0]
+            os.kill(stuck, signal.SIGSTOP)
+            if _ == 0:
+                assert take(loader.start(), 3) == wanted
+                assert loader.worker_pids[0] != stuck and not psutil.pid_exists(stuck)
+
+
 def test_workers_leave_signals_to_the_parent(pooled: Loader) -> None:
     pooled.start()
     next(pooled)

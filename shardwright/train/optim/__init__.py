@@ -36,7 +36,7 @@ def build_optimizer(
     matmul_dtype: number format of Muon's products, None takes the device's fast one; float32 where layouts are
     to be compared. Raises ConfigError for a setting that the optimizer cannot honour.
     """
-    _check(config, named_parameters)
+    _check(named_parameters)
     optimizer = BUILDERS[config.name](config, named_parameters)
     if isinstance(optimizer, Muon):
         optimizer.matmul_dtype = matmul_dtype
@@ -45,11 +45,7 @@ def build_optimizer(
     return optimizer
 
 
-def _check(config: OptimizerConfig, named: Named) -> None:
-    if config.fused is False:
-        raise ConfigError(
-            "optimizer.fused=false: torch's unfused optimizers cannot skip an overflowed step on the device; use auto"
-        )
+def _check(named: Named) -> None:
     if not named:
         raise ConfigError("optimizer: was given no parameter to train; unfreeze at least one")
     names = [name for name, _ in named]
