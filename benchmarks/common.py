@@ -55,6 +55,16 @@ def peers_python() -> Path:
     return python
 
 
+def english() -> Path:
+    """data/english, prepared first where it is missing."""
+    folder = ROOT / "data" / "english"
+    if not (folder / "manifest.json").is_file():
+        say(f"preparing {folder.relative_to(ROOT)}")
+        command = ["prepare", "bundled:english", "--output", str(folder), "tokenizer.vocab_size=8192"]
+        subprocess.run([sys.executable, "-m", "shardwright", *command], cwd=ROOT, check=True)
+    return folder
+
+
 def peer_versions(names: Iterable[str]) -> dict[str, str]:
     """Versions of the peers as pinned."""
     pins = dict(line.split("==", 1) for line in REQUIREMENTS.read_text("utf-8").splitlines() if "==" in line)

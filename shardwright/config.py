@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
+from shardwright.mistakes import describe
+
 
 class ConfigError(ValueError):
     """A user's mistake in a config, a path or an argument: one line, exit code 2."""
@@ -307,7 +309,7 @@ def parse(schema: type[S], raw: Mapping[str, Any], where: str) -> S:
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_describe(error, schema, where)) from None
+        raise ConfigError(describe(error, schema, where)) from None
 
 
 def find_config(name: str | Path) -> Path:
@@ -407,76 +409,6 @@ def _descend(node: Any, part: str) -> Any:
     if node.get(part) is None:
         node[part] = {}
     return node[part]
-
-
-def _describe(error: ValidationError, schema: type[Strict], where: str) -> str:
-    lines: dict[str, list[str]] = {}
-    for e in error.errors(include_url=False):
-        key, owner, rest = _resolve(schema, e["loc"])
-        lines.setdefault(key, []).append(_one_line(e, key, owner, rest))
-    first, *others = lines.values()
-    # A union reports one error for each member that it tried: join what would have been allowed.
-    text = " or ".join([first[0], *(line.rpartition("; ")[2] for line in first[1:])])
-    return f"{where}: {text}" + (f" (and {len(others)} more)" if others else "")
-
-
-def _one_line(e: Any, key: str, owner: type[Strict] | None, unknown: str) -> str:
-    kind, given = e["type"], e.get("input")
-    if kind == "extra_forbidden":
-        known = list(owner.model_fields) if owner else []
-        close = difflib.get_close_matches(unknown, known, n=1)
-        return f"{key}: unknown key; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}")
-    if kind == "missing":
-        return f"{key}: is required and missing"
-    if kind.startswith("union_tag"):
-        allowed = e.get("ctx", {}).get("expected_tags", "")
-        tag = e.get("ctx", {}).get("discriminator", "").strip("'")
-        named = given.get(tag) if isinstance(given, dict) else given
-        return f"{key}.{tag}: got {named!r}, expected one of {allowed}"
-    message = e["msg"].removeprefix("Value error, ")
-    if kind == "value_error":
-        return f"{key}: {message}"
-    return f"{key}: got {given!r} ({type(given).__name__}); {message[0].lower()}{message[1:]}"
-
-
-def _resolve(schema: type[Strict], loc: tuple[int | str, ...]) -> tuple[str, type[Strict] | None, str]:
-    """(dotted key without union tags, the section class that holds the last part, the last part)."""
-    owner: type[Strict] | None = schema
-    parts: list[str] = []
-    choices: list[type[Strict]] = []
-    for part in loc:
-        tagged = [c for c in choices if len(choices) > 1 and part in _tags(c)]
-        if tagged:
-            owner, choices = tagged[0], []
-            continue
-        if choices:
-            owner = choices[0]
-        is_key = isinstance(part, int) or owner is None or part in owner.model_fields or not _is_type_tag(str(part))
-        if not is_key:
-            continue
-        parts.append(str(part))
-        field = owner.model_fields.get(str(part)) if owner else None
-        choices = list(_sections(field.annotation)) if field else choices
-    return ".".join(parts), owner, parts[-1] if parts else ""
-
-
-def _is_type_tag(part: str) -> bool:
-    """Pydantic adds the tried member of a plain union to the location: 'int', "literal['auto']", ..."""
-    return part in ("int", "float", "str", "bool") or "[" in part
-
-
-def _tags(section: type[Strict]) -> tuple[Any, ...]:
-    for name in ("family", "name"):
-        if name in section.model_fields:
-            return getattr(section.model_fields[name].annotation, "__args__", ())
-    return ()
-
-
-def _sections(annotation: Any) -> Iterator[type[Strict]]:
-    if isinstance(annotation, type) and issubclass(annotation, Strict):
-        yield annotation
-    for inner in getattr(annotation, "__args__", ()):
-        yield from _sections(inner)
 
 
 def _meanings(section: Strict, prefix: str = "") -> Iterator[tuple[str, Any]]:

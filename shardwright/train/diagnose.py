@@ -22,22 +22,18 @@ def first_nonfinite(model: LossModel, batches: Sequence[Batch], step: Tensor, sc
 
 def _run(model: LossModel, batch: Batch, step: Tensor, scale: Tensor) -> str | None:
     found: list[str] = []
-    hooks = []
-    for name, module in model.model.named_modules():
-        if name and not any(module.children()):
-            hooks.append(module.register_forward_hook(_Watch(found, f"{name} (forward)")))
-            hooks.append(module.register_full_backward_hook(_Watch(found, f"{name} (backward)")))
+    parts = [(n, m) for n, m in model.model.named_modules() if n and not any(m.children())]
+    hooks = [module.register_forward_hook(_Watch(found, name)) for name, module in parts]
     try:
         with torch.compiler.set_stance("force_eager"):
-            sums = model(batch, step)
-            counts = model.objective.count(batch)
+            sums, counts = model(batch, step), model.objective.count(batch)
             loss = torch.stack([sums[t] / counts[t].clamp(min=1) for t in sums]).sum()
-            if not found and not torch.isfinite(loss):
+            if not found and not _is_finite(loss):
                 found.append("the loss")
             if not found:
                 parameters = [p for p in model.parameters() if p.requires_grad]
                 grads = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
-                if not found and not _all_finite(grads):
+                if not found and not all(_is_finite(g) for g in grads if g is not None):
                     found.append("a weight's gradient")
     finally:
         for hook in hooks:
@@ -46,17 +42,21 @@ def _run(model: LossModel, batch: Batch, step: Tensor, scale: Tensor) -> str | N
 
 
 class _Watch:
-    """A hook that notes its module's name when an output or gradient is not finite."""
+    """A forward hook that notes its module when what comes out of it, or back into it, is not finite."""
 
     def __init__(self, found: list[str], name: str) -> None:
         self.found, self.name = found, name
 
-    def __call__(self, _module: nn.Module, _inputs: Any, outputs: Any) -> None:
-        tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-        if not _all_finite(tensors):
-            self.found.append(self.name)
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        if not _is_finite(output):
+            self.found.append(f"{self.name} (forward)")
+        if output.requires_grad:
+            output.register_hook(self._backward)
+
+    def _backward(self, gradient: Tensor) -> None:
+        if not _is_finite(gradient):
+            self.found.append(f"{self.name} (backward)")
 
 
-def _all_finite(tensors: Sequence[Any]) -> bool:
-    floats = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
-    return all(bool(torch.isfinite(t).all()) for t in floats)
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

@@ -31,6 +31,7 @@ from shardwright.train.build import (
     build_validation,
     fit_to_corpus,
 )
+from shardwright.train.course import Course
 from shardwright.train.diagnose import first_nonfinite
 from shardwright.train.evaluate import Validation, evaluate, split_text, xz_bits_per_byte
 from shardwright.train.folder import CHECKPOINTS, open_run_folder
@@ -39,7 +40,6 @@ from shardwright.train.metrics import MetricsLog, Utilisation, record_start
 from shardwright.train.position import Position, apply_tensors, checkpoint_tensors
 from shardwright.train.profile import StepProfiler
 from shardwright.train.result import Result, read_result, write_result
-from shardwright.train.schedule import build_progress, build_ramp, build_schedule, resolve_warmup
 from shardwright.train.signals import Signals
 from shardwright.train.step import Outcome
 
@@ -69,11 +69,8 @@ class Run:
         self.config, self.world, self.corpus, self.folder, self.signals = config, world, corpus, folder, signals
         self.position = Position()
         self._begun = time.monotonic()
-        self.length = config.data.sequence_length
-        self.ramp = build_ramp(config.batch, config.global_batch())
-        self.progress = build_progress(config.train)
-        self.schedule = build_schedule(config.schedule, self._warmup())
-        self.loader: Loader = build_loader(config, world, self.ramp)
+        self.course = Course(config)
+        self.loader: Loader = build_loader(config, world, self.course.ramp)
         self.step = build_step(config, world)
         self.pending, self.energy = DelayedRead(), EnergyMeter(world.device)
         self.utilisation = self._utilisation()
@@ -138,14 +135,14 @@ class Run:
         apply_tensors(self.step, tensors)
         self.position = Position.of(state["position"])
         self._saved_step = self.position.step
-        self.progress.load_state(self.position.progress)
+        self.course.progress.load_state(self.position.progress)
         log.info("resuming after step %d from %s", self.position.step, checkpoint)
 
     def _open_metrics(self) -> None:
         self.metrics = MetricsLog(
             self.folder,
             self.position.step,
-            total_steps=self._total_steps(),
+            total_steps=self.course.steps,
             tensorboard=self.config.log.tensorboard,
             wandb=self.config.log.wandb,
             config=self.config.model_dump(mode="json"),
@@ -153,21 +150,16 @@ class Run:
         self._stack.callback(lambda: self.metrics.close())
 
     def _place_loader(self) -> None:
-        plan = build_plan(self.config, self.ramp, self.position.excluded)
+        plan = build_plan(self.config, self.course.ramp, self.position.excluded)
         self.loader.start(self.position.step, self.position.drawn, plan)
 
     def _start_clock(self) -> None:
         # The budget runs from the moment the command began; building is a part of it.
         begun = time.monotonic() if self.position.elapsed else self._begun
         self._zero = begun - self.position.elapsed
-        self._logged_at, self._logged_step, self._logged_tokens = time.monotonic(), self.position.step, self.tokens
+        self._mark_logged()
 
     # ------------------------------------------------------------------------------------------ loop
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the sequences drawn so far."""
-        return self.position.drawn * self.length
 
     def loop(self) -> None:
         """Steps until the run is done or asked to stop."""
@@ -197,7 +189,7 @@ class Run:
         # The step before is judged here: its weights are still in place, and the device is busy with this one.
         if self._judge():
             return
-        self.lr_factor = self.schedule(self._progress(batch.count))
+        self.lr_factor = self.course.factor(self.position, batch.count, self.step_seconds)
         self.pending.put(self.step.update(self.lr_factor))
         self.last = batch
         self.position.step += 1
@@ -212,7 +204,7 @@ class Run:
         due_log = step == 1 or _due(step, config.log.every)
         due_eval = _due(step, config.evaluate.every) and not self._is_done()
         due_save = _due(step, config.checkpoint.every)
-        self.metrics.advance(step, self._done_share())
+        self.metrics.advance(step, self.course.share(self.position))
         if not (due_log or due_eval or due_save):
             return
         if self._judge():
@@ -225,16 +217,7 @@ class Run:
             self._save()
 
     def _is_done(self) -> bool:
-        return self.progress.is_done(self._consumed(), self.step_seconds)
-
-    def _progress(self, count: int) -> float:
-        if self.progress.unit == "steps":
-            return self.progress.at_step(self.position.step)
-        if self.progress.unit == "tokens":
-            return self.progress.at_tokens(self.tokens, count * self.length)
-        return self.progress.at_clock(
-            self.position.step, self.position.elapsed, self.step_seconds, self.position.startup
-        )
+        return self.course.is_done(self.position, self.step_seconds)
 
     # ------------------------------------------------------------------------------------------ verdicts
 
@@ -295,7 +278,7 @@ class Run:
         self._restore(checkpoint)
         self.position.interventions, self.position.elapsed = interventions, elapsed
         self.position.excluded.append(excluded)
-        self.progress.rewind(self.position.step)
+        self.course.progress.rewind(self.position.step)
         discard_newer(self.folder / CHECKPOINTS, self.position.step)
         log.warning("%s; back to step %d, without sequences %d to %d", what, self.position.step, *excluded)
         self.metrics.close()
@@ -308,10 +291,10 @@ class Run:
 
     def _log_step(self) -> None:
         now, steps = time.monotonic(), max(self.position.step - self._logged_step, 1)
-        rate = (self.tokens - self._logged_tokens) / max(now - self._logged_at, 1e-9)
+        rate = (self.course.tokens(self.position) - self._logged_tokens) / max(now - self._logged_at, 1e-9)
         outcome = self.outcome
         fields: dict[str, float | int | None] = {
-            "tokens": self.tokens,
+            "tokens": self.course.tokens(self.position),
             "loss": outcome.loss,
             "grad_norm": outcome.grad_norm,
             "lr": self.config.optimizer.lr * self.lr_factor,
@@ -321,13 +304,16 @@ class Run:
             "step_s": (now - self._logged_at) / steps,
             "data_s": self.data_seconds / steps,
             "mem_gib": self._memory_gib(),
-            "progress": self._done_share(),
+            "progress": self.course.share(self.position),
         }
         if (energy := self.energy.kwh()) is not None:
             fields["energy_kwh"] = energy
         self.metrics.log(self.position.step, {k: v for k, v in fields.items() if v is not None or k == "mfu"})
-        self._logged_at, self._logged_step, self._logged_tokens = now, self.position.step, self.tokens
-        self.data_seconds = 0.0
+        self._mark_logged()
+
+    def _mark_logged(self) -> None:
+        self._logged_at, self._logged_step = time.monotonic(), self.position.step
+        self._logged_tokens, self.data_seconds = self.course.tokens(self.position), 0.0
 
     def _memory_gib(self) -> float:
         if self.world.device.type == "cuda":
@@ -344,7 +330,7 @@ class Run:
         return figures
 
     def _save(self) -> None:
-        self.position.progress = self.progress.state()
+        self.position.progress = self.course.progress.state()
         state = {"position": self.position.state()}
         self.writer.save(checkpoint_tensors(self.step), state, step=self.position.step)
         self._saved_step = self.position.step
@@ -355,7 +341,7 @@ class Run:
             self.writer.wait()
             reason, step = self.signals.received, self.position.step
             log.info("stopped by %s after step %d, all saved; the same command goes on", reason, step)
-            return Result(str(self.folder), self.position.step, self.tokens, stopped=True)
+            return Result(str(self.folder), self.position.step, self.course.tokens(self.position), stopped=True)
         self.writer.wait()
         result = read_result(self.folder)
         if result is None or result.step != self.position.step:
@@ -371,7 +357,7 @@ class Run:
         result = Result(
             run=str(self.folder),
             step=self.position.step,
-            tokens=self.tokens,
+            tokens=self.course.tokens(self.position),
             stopped=False,
             val_loss=figures["val_loss"],
             val_bits_per_byte=figures["val_bits_per_byte"],
@@ -380,34 +366,12 @@ class Run:
         write_result(self.folder, result)
         return result
 
-    # ------------------------------------------------------------------------------------------ lengths
-
-    def _warmup(self) -> float:
-        config = self.config
-        steps, tokens = config.train.steps, config.train.tokens
-        if steps is not None:
-            tokens = self.ramp.drawn_after(steps) * self.length
-        return resolve_warmup(config.schedule, steps=self._total_steps(), tokens=tokens)
-
-    def _total_steps(self) -> int | None:
-        config = self.config.train
-        if config.tokens is not None:
-            return self.ramp.steps_to(-(-config.tokens // self.length))
-        return config.steps
-
-    def _done_share(self) -> float:
-        return min(self._consumed() / self.progress.total, 1.0)
-
-    def _consumed(self) -> float:
-        unit = self.progress.unit
-        return {"steps": self.position.step, "tokens": self.tokens, "seconds": self.position.elapsed}[unit]
-
     def _utilisation(self) -> Utilisation:
         device, compute = self.world.device, FORMATS[self.config.precision.compute]
         peak = known_peak(device, compute)
         if peak is None and self.config.log.measure_peak:
             peak = measured_peak(device, compute)
-        flops = num_flops(self.config.model, self.length).model  # type: ignore[arg-type]
+        flops = num_flops(self.config.model, self.course.length).model  # type: ignore[arg-type]
         return Utilisation(flops, peak, self.world.size)
 
 

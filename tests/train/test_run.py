@@ -42,9 +42,15 @@ def _tokens_per_byte(config) -> float:
     return split.tokens / split.text_bytes
 
 
-@pytest.mark.parametrize("settings", [(), ("precision.compute=fp16", "model.residual_dropout=0.1"),
-                                      ("optimizer.name=muon", "precision.compute=bf16"),
-                                      ("optimizer.name=adafactor", "batch.ramp={start: 2, increment: 2, sequences: 12}")])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("precision.compute=fp16", "model.residual_dropout=0.1"),
+        ("precision.compute=bf16", "optimizer.name=muon"),
+        ("optimizer.name=adafactor", "batch.ramp={start: 2, increment: 2, sequences: 12}"),
+    ],
+)
 def test_a_run_stopped_at_any_step_and_resumed_is_bit_identical(tiny, tmp_path, settings):
     whole = tiny(*settings, f"run={tmp_path / 'whole'}")
     train(whole)
