@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -64,8 +64,7 @@ class StepBatch:
     micro_batches: list[MicroBatch]
 
 
-@dataclass(frozen=True)
-class _Task:
+class _Task(NamedTuple):
     """One step's worth of reading, as sent to a worker: all it needs, so that workers hold no state."""
 
     step: int

@@ -295,6 +295,8 @@ class Shard:
         """
         ahead = bisect_left(self._offsets, self._offsets[first] + _VERIFIED_AT_ONCE, last)
         ahead = max(last, min(ahead, bisect_left(self._offsets, self._member_stops[member])))
+        known = self._verified.find(1, last, ahead)
+        ahead = ahead if known < 0 else known
         size, data, crc32 = self.dtype.itemsize, self._bytes.data, zlib.crc32
         edges = ((self.document_offsets[first : ahead + 1] + self._shifts[member]) * size).tolist()
         found = [crc32(data[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
