@@ -69,7 +69,7 @@ class _Task(NamedTuple):
 
     step: int
     drawn: int
-    count: int
+    taken: int  # StepBatch.count, a name that tuples have taken
     first: int
     last: int
     share: np.ndarray  # int64 [micro-batches, micro_batch]
@@ -158,7 +158,7 @@ class Loader:
         assert self._steps is not None
         task, parts = next(self._steps)
         micro_batches = [to_device(part, self.device) for part in parts]
-        return StepBatch(task.step, task.drawn, task.count, task.first, task.last, micro_batches)
+        return StepBatch(task.step, task.drawn, task.taken, task.first, task.last, micro_batches)
 
     def __enter__(self) -> Loader:
         return self

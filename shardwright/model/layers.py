@@ -26,7 +26,7 @@ class Activation(NamedTuple):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., I] @ weight [O, I] transposed, + bias [O]."""
     if cpu_kernels.use_cpu_kernels(x) and x.dtype == torch.bfloat16:
-        return cpu_kernels.linear(x, weight, bias)
+        return cpu_kernels.Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

@@ -41,7 +41,7 @@ def test_linear(bias: bool) -> None:
     # The product is rounded before the bias is added, where torch's own rounds once: a factor of sqrt 2 at most.
     torch.manual_seed(0)
     inputs = [torch.randn(3, 40, 48), torch.randn(32, 48) / 48**0.5, *([torch.randn(32)] if bias else [])]
-    compare(lambda x, w, b=None: cpu_kernels.linear(x, w, b), lambda x, w, b=None: F.linear(x, w, b), inputs, 1.5)
+    compare(lambda x, w, b=None: cpu_kernels.Linear.apply(x, w, b), F.linear, inputs, 1.5)
 
 
 def test_gelu() -> None:
