@@ -246,13 +246,22 @@ Answers = dict[str, list[dict[str, Any]]]
 
 
 def take_turns(turns: Sequence[tuple[Contender, dict[str, Any]]], rounds: int) -> Answers:
-    """Answers by name. A B C A B C ...: what the machine does meanwhile meets all of them alike."""
-    answers: Answers = {contender.name: [] for contender, _ in turns}
+    """Answers by name. A B C A B C ...: what the machine does meanwhile meets all of them alike.
+
+    A contender that fails is told of and leaves the rounds; one that never answered has no entry.
+    """
+    answers: Answers = {}
+    left = list(turns)
     for number in range(rounds):
         say(f"round {number + 1} of {rounds}")
-        for contender, request in turns:
-            answer = contender.ask(**request)
-            answers[contender.name].append(answer)
+        for contender, request in list(left):
+            try:
+                answer = contender.ask(**request)
+            except Failed as failed:
+                say(f"left out: {failed}")
+                left.remove((contender, request))
+                continue
+            answers.setdefault(contender.name, []).append(answer)
             say(f"  {contender.name:20s} " + " ".join(f"{key}={_short(value)}" for key, value in answer.items()))
     return answers
 

@@ -28,6 +28,7 @@ from common import (
     HERE,
     Answers,
     Contender,
+    Failed,
     Spread,
     facts_table,
     machine,
@@ -74,7 +75,7 @@ def main() -> None:
     parts = [introduction(options), facts_table({**facts, **_peer_facts(options)})]
     for precision in options.precision:
         answers, known = measure(options, precision)
-        found = summarise(answers, known, SHAPES[options.shape])
+        found = summarise(answers, known, SHAPES[options.shape], options.only)
         figures[precision] = found["figures"]
         parts += [f"## {precision}", found["table"], found["words"]]
     if "ours" in options.only:
@@ -107,7 +108,7 @@ def measure(options: argparse.Namespace, precision: str) -> tuple[Answers, dict[
     """Answers of every turn by contender, and what each said of itself."""
     rounds = options.fp32_rounds if precision == "fp32" else options.rounds
     with contenders(options, precision) as (products, *others):
-        request = {"warm": 1, "steps": options.steps}
+        request: dict[str, Any] = {"warm": 1, "steps": options.steps}
         turns = [(products, {"seconds": 1.0}), *((contender, request) for contender in others)]
         return take_turns(turns, rounds), {contender.name: contender.facts for contender in others}
 
@@ -120,11 +121,17 @@ def contenders(options: argparse.Namespace, precision: str) -> Iterator[list[Con
         job = Job(asdict(shape), precision, options.device, options.threads, *write_tokens(Path(folder), shape))
         started = []
         for name in ("products", *options.only):
-            contender = start(name, job, KEPT_MEMORY if options.kept_memory and name in PEERS else {})
-            stack.callback(contender.close)
-            if name != "products":
-                warm = contender.ask(warm=0, steps=3)  # compiles, and brings memory to its size
-                say(f"{precision}: {name} is ready; its first three steps took {warm['seconds']:.1f} s")
+            try:
+                contender = start(name, job, KEPT_MEMORY if options.kept_memory and name in PEERS else {})
+                stack.callback(contender.close)
+                if name != "products":
+                    warm = contender.ask(warm=0, steps=3)  # compiles, and brings memory to its size
+                    say(f"{precision}: {name} is ready; its first three steps took {warm['seconds']:.1f} s")
+            except Failed as failed:
+                if name not in PEERS:
+                    raise
+                say(f"left out: {failed}")
+                continue
             started.append(contender)
         yield started
 
@@ -165,7 +172,7 @@ def write_tokens(folder: Path, shape: Shape) -> tuple[str, str]:
 # ----------------------------------------------------------------------------------------------- report
 
 
-def summarise(answers: Answers, known: dict[str, dict], shape: Shape) -> dict[str, Any]:
+def summarise(answers: Answers, known: dict[str, dict], shape: Shape, wanted: list[str]) -> dict[str, Any]:
     """Table, words and figures of one number format."""
     steps = [name for name in answers if name != "products"]
     rates = {name: rate_of(answers[name], shape) for name in steps}
@@ -186,7 +193,7 @@ def summarise(answers: Answers, known: dict[str, dict], shape: Shape) -> dict[st
     if best and "ours" in rates:
         figures |= {"best_peer": best, "ratio_to_best_peer": rates["ours"].median / peers[best]}
     header = ("", "tokens/s", "least to most", "ours is", "of GEMM peak", "parameters", "peak GiB", "loss", "at step")
-    return {"table": table(header, rows), "words": words(figures, square, own), "figures": figures}
+    return {"table": table(header, rows), "words": words(figures, wanted, square, own), "figures": figures}
 
 
 def rate_of(turns: list[dict], shape: Shape) -> Spread:
@@ -207,9 +214,11 @@ def row_of(
     return [name, f"{rate.median:,.0f}", spread, ratio, share, size, memory, loss, last["steps_done"]]
 
 
-def words(figures: dict[str, Any], square: float, own: float) -> str:
+def words(figures: dict[str, Any], wanted: list[str], square: float, own: float) -> str:
     """What the table says, in words."""
-    lines = [
+    missing = [name for name in wanted if name not in figures["tokens_per_s"]]
+    lines = [f"Could not run here: {', '.join(missing)}."] if missing else []
+    lines += [
         f"GEMM peak, best over square products, measured in every round (median): {square / 1e9:,.0f} GFLOP/s. "
         f"The products of this step in their own shapes, run alone: {own / 1e9:,.0f} GFLOP/s."
     ]

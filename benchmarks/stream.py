@@ -87,7 +87,7 @@ def arguments() -> argparse.Namespace:
 
 def loader(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Tokens a second of every contender in every mode."""
-    build_corpus(options.corpus, options.tokens)
+    build_corpus(options.corpus, options.tokens, options.only)
     with ExitStack() as stack:
         turns = []
         for mode in MODES:

@@ -7,6 +7,8 @@ input_ids and labels [8, 512], sequences shuffled; ours has weights, positions, 
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
 import json
 import sys
 import time
@@ -203,28 +205,23 @@ def _stack_samples(samples: list[dict[str, np.ndarray]]) -> Batch:
     return _stack([sample["tokens"] for sample in samples])
 
 
-def import_streaming() -> Any:
-    """mosaicml-streaming, with an empty torchvision in place of one that does not load beside this torch.
+class EmptyVision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Stands in for torchvision, which mosaicml-streaming imports for its images and token reading never calls.
 
-    It imports torchvision for its image datasets; reading tokens never calls it.
+    PyPI's torchvision does not load beside a CPU build of torch.
     """
-    import importlib.machinery
-    import types
 
-    class Empty:
-        def find_spec(self, name: str, *_: Any) -> Any:
-            named = name.split(".")[0] == "torchvision"
-            return importlib.machinery.ModuleSpec(name, self, is_package=True) if named else None  # type: ignore
+    def find_spec(self, name: str, *_: Any) -> importlib.machinery.ModuleSpec | None:
+        named = name.split(".")[0] == "torchvision"
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if named else None
 
-        def create_module(self, spec: Any) -> types.ModuleType:
-            module = types.ModuleType(spec.name)
-            module.__getattr__ = lambda name: type(name, (), {})  # type: ignore[method-assign]
-            return module
+    def exec_module(self, module: Any) -> None:
+        module.__getattr__ = lambda name: type(name, (), {})
 
-        def exec_module(self, module: types.ModuleType) -> None:
-            pass
 
-    sys.meta_path.insert(0, Empty())  # type: ignore[arg-type]
+def import_streaming() -> Any:
+    """mosaicml-streaming, beside an empty torchvision."""
+    sys.meta_path.insert(0, EmptyVision())
     import streaming
 
     return streaming

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,12 +29,12 @@ HASH = "0" * 64  # of a tokenizer that does not exist
 TOKENIZER = {"file": "tokenizer.json", "sha256": HASH, "vocab_size": VOCABULARY, "end_of_document": END}
 
 
-def build_corpus(folder: Path, num_tokens: int) -> None:
-    """`tokens.npy` and the same tokens in each format, what is there already being kept."""
+def build_corpus(folder: Path, num_tokens: int, names: Sequence[str]) -> None:
+    """`tokens.npy` and the same tokens in the formats of these contenders, what is there already being kept."""
     once(folder / "tokens", lambda _: np.save(folder / "tokens.npy", random_tokens(num_tokens)))
     once(folder / "ours", lambda target: write_ours(folder / "tokens.npy", target))
     for name, contender in CONTENDERS.items():
-        if contender.convert is not None:
+        if contender.convert is not None and name in names:
             once(folder / contender.format, partial(convert, name, folder))
 
 

@@ -83,12 +83,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _accumulate(grads: list[Tensor], dlogits: Tensor, hidden: Tensor, bias: Tensor | None) -> None:
     """Add a chunk's gradients of weight [V, D] and bias [V]; several chunks add up in float32."""
-    parts = [dlogits.t() @ hidden] + ([dlogits.float().sum(0)] if bias is not None else [])
+    parts = [_transposed_product(dlogits, hidden)] + ([dlogits.float().sum(0)] if bias is not None else [])
     if not grads:
         grads.extend(parts)
         return
     for index, part in enumerate(parts):
         grads[index] = grads[index].float().add_(part)
+
+
+def _transposed_product(wide: Tensor, narrow: Tensor) -> Tensor:
+    """wide.T @ narrow of [n, V] and [n, D] -> [V, D].
+
+    oneDNN takes x @ y at twice the speed of x.T @ y in bf16: on a CPU the narrow one is transposed first.
+    """
+    if wide.device.type == "cpu" and wide.dtype == torch.bfloat16:
+        return (narrow.t().contiguous() @ wide).t()
+    return wide.t() @ narrow
 
 
 def linear_cross_entropy(
