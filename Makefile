@@ -18,10 +18,10 @@ PINS := constraints.txt
 INSTALL_INPUTS := setup.py pyproject.toml $(PINS)
 TEST_EXTRAS := data,hf,deepspeed,accelerate,dev
 
-BENCHMARKS := step stream speedrun
+BENCHMARKS := step stream kill speedrun
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev train test lint bench bench-gpu clean
+.PHONY: help venv dev train test lint bench bench-gpu bench-peers clean
 
 help:
 	@echo "make train      make the environment, prepare the bundled English text, train a small GPT, print a sample"
@@ -83,6 +83,9 @@ lint: dev
 bench: dev
 	@set -e; for name in $(BENCHMARKS); do \
 	  echo "==> benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done
+
+bench-peers: dev
+	@$(BIN)/python benchmarks/common.py
 
 bench-gpu: dev
 	@$(BIN)/python benchmarks/gpu.py
