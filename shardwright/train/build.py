@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -117,6 +118,8 @@ def wants_compile(config: Config) -> bool:
 
 def build_step(config: Config, world: World) -> Step:
     """Model, masters, optimizer, scale and guard, put together."""
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first use
     torch.use_deterministic_algorithms(config.train.deterministic)
     model = build_weights(config, world)
     apply_blocks(model, config)

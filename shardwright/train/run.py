@@ -118,6 +118,7 @@ class Run:
             self.position.step,
             parameters=parameters,
             device=name,
+            num_devices=self.world.size,
             mfu_basis=self.utilisation.describe(),
             versions=versions(("torch", "numpy", "shardwright")),
         )
@@ -184,7 +185,8 @@ class Run:
         begin = time.monotonic()
         batch = next(self.loader)
         self.data_seconds += time.monotonic() - begin
-        number = torch.tensor(self.position.step, device=self.world.device)
+        # Filled on the device: a copy from the host would wait for it.
+        number = torch.full((), self.position.step, dtype=torch.int64, device=self.world.device)
         self.step.accumulate(batch.micro_batches, number)
         # The step before is judged here: its weights are still in place, and the device is busy with this one.
         if self._judge():
