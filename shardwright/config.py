@@ -33,7 +33,9 @@ class RunError(RuntimeError):
 class Strict(BaseModel):
     """Base of every section: unknown keys and wrong types are errors."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, validate_assignment=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, validate_default=True, validate_assignment=True, allow_inf_nan=False
+    )
 
 
 S = TypeVar("S", bound=Strict)
@@ -72,7 +74,8 @@ class SourceConfig(Strict):
 class DataConfig(Strict):
     """Where tokens come from and in which order."""
 
-    path: str | None = free(None, "Prepared folder; short for one source")
+    path: str | None = free(None, "Prepared folder or URL; short for one source")
+    corpus: list[str] = meaning([], "sha256 of each source's manifest; filled in at the start, checked where given")
     sources: list[SourceConfig] = meaning([], "Several prepared folders, mixed by weight")
     sequence_length: int = meaning(512, "Tokens of one training sequence", ge=2)
     lanes: int = meaning(64, "Independent reading positions the order is made of", ge=1)
@@ -126,7 +129,7 @@ class TrainConfig(Strict):
     steps: int | None = meaning(None, "Length of the run in optimizer steps", ge=1)
     tokens: int | None = meaning(None, "Length of the run in tokens", ge=1)
     budget: str | None = meaning(None, "Length of the run in wall-clock time: 90s, 10m, 24h, 3d")
-    seed: int = meaning(0, "Seed of weights, data order and dropout", ge=0)
+    seed: int = meaning(0, "Seed of weights, data order and dropout", ge=0, lt=2**63)
     clip: float | None = meaning(1.0, "Largest gradient norm; null does not clip", gt=0)
     recompute: Literal["none", "full", "selective"] | int = free(
         "none", "Activation checkpointing: none, full, selective, or every n-th layer"
@@ -170,7 +173,9 @@ class OptimizerConfig(Strict):
 
     name: Literal["adamw", "adam", "sgd", "adafactor", "muon"] = meaning("adamw", "Update rule")
     lr: float = meaning(3e-4, "Peak learning rate", gt=0)
-    betas: list[float] = meaning([0.9, 0.95], "Decay of the first and second moment", min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = meaning(
+        [0.9, 0.95], "Decay of the first and second moment", min_length=2, max_length=2
+    )
     eps: float = meaning(1e-8, "Added to the root of the second moment", gt=0)
     weight_decay: float = meaning(0.1, "Decoupled decay of matrices", ge=0)
     decay_embeddings: bool = meaning(True, "Embeddings decay too")

@@ -21,7 +21,7 @@ def test_train_then_load_then_train_again(prepared, tmp_path):
     assert result.step == 3
     loaded = shardwright.load(result.run)
     ids = torch.from_numpy(loaded.tokenizer.encode("The people").astype("int64"))[None]
-    assert loaded.model(input_ids=ids)["logits"].shape == (1, ids.shape[1], 512)
+    assert loaded(input_ids=ids)["logits"].shape == (1, ids.shape[1], 512)
     assert shardwright.train(config, log__every=1) == result
 
 

@@ -6,6 +6,7 @@ Written last by `prepare`, read first by `stream`: with its totals alone the pla
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Collection, Sequence
@@ -110,12 +111,20 @@ class Manifest:
 
     def save(self, folder: str | Path) -> Path:
         """Write `folder/manifest.json` whole or not at all; the same manifest always gives the same bytes."""
+        path = Path(folder) / "manifest.json"
+        write_atomic(path, self._encoded())
+        return path
+
+    def _encoded(self) -> bytes:
         data = dataclasses.asdict(self)
         del data["root"]
         text = json.dumps({"format": FORMAT, "version": VERSION, **data}, sort_keys=True, indent=1, ensure_ascii=False)
-        path = Path(folder) / "manifest.json"
-        write_atomic(path, (text + "\n").encode())
-        return path
+        return (text + "\n").encode()
+
+    @property
+    def sha256(self) -> str:
+        """Names this corpus: the hash of what `save` writes."""
+        return hashlib.sha256(self._encoded()).hexdigest()
 
     @property
     def end_of_document(self) -> int:

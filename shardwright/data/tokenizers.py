@@ -18,7 +18,8 @@ from typing import Protocol
 import numpy as np
 
 from shardwright.config import ConfigError
-from shardwright.data.manifest import write_atomic
+from shardwright.data.manifest import Manifest, write_atomic
+from shardwright.data.remote import is_remote, join, read_bytes
 
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
@@ -89,12 +90,9 @@ class Tokenizer:
         """
         path = Path(path)
         if (path / "manifest.json").is_file():
-            return _load_prepared(path)
+            return load_prepared(Manifest.load(path))
         file = _find(path)
-        try:
-            raw = file.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+        raw = _read(file)
         if end_of_document is None:
             end_of_document = _configured_end(file.parent / "tokenizer_config.json")
         backend, data, known_end = _open(file, raw, end_of_document, pattern)
@@ -245,19 +243,26 @@ def files_of(path: str | Path) -> list[dict[str, str]]:
     return [{"name": f.name, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()} for f in files if f.is_file()]
 
 
-def _load_prepared(folder: Path) -> Tokenizer:
-    """The tokenizer of a prepared folder, held against the hash in its manifest."""
-    from shardwright.data.manifest import Manifest
-
-    facts = Manifest.load(folder).tokenizer
-    file = folder / facts["file"]
-    tokenizer = Tokenizer.load(file, end_of_document=int(facts["end_of_document"]))
-    if tokenizer.sha256 != facts["sha256"]:
+def load_prepared(manifest: Manifest) -> Tokenizer:
+    """The tokenizer of a prepared folder or URL, held against the hash in its manifest."""
+    facts, name = manifest.tokenizer, join(manifest.root, manifest.tokenizer["file"])
+    raw = read_bytes(name) if is_remote(name) else _read(Path(name))
+    found = hashlib.sha256(raw).hexdigest()
+    if found != facts["sha256"]:
         raise ConfigError(
-            f"{file}: is not the tokenizer that {folder}/manifest.json names (sha256 {tokenizer.sha256[:12]}..., "
+            f"{name}: is not the tokenizer that {manifest.root}/manifest.json names (sha256 {found[:12]}..., "
             f"expected {facts['sha256'][:12]}...); restore the file or prepare the folder again"
         )
-    return tokenizer
+    end = int(facts["end_of_document"])
+    backend, data, _ = _open(Path(facts["file"]), raw, end, None)
+    return Tokenizer(backend, data, end)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def _find(path: Path) -> Path:

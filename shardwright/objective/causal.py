@@ -47,6 +47,9 @@ class Causal:
         """Denominator of each term in this micro-batch: the sum of target weights."""
         return {"lm": batch["weights"].sum()}
 
-    def loss(self, hidden: Tensor, head: Head, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sum of each term: hidden [B,T,D] -> {"lm": scalar}."""
-        return {"lm": linear_cross_entropy(hidden, head, batch["labels"], batch["weights"], self.kernel)}
+    def loss(
+        self, hidden: Tensor, head: Head, batch: Mapping[str, Tensor], scales: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Sum of each term: hidden [B,T,D] -> {"lm": scalar}; `scales`: the gradient each sum is going to get."""
+        scale = None if scales is None else scales["lm"]
+        return {"lm": linear_cross_entropy(hidden, head, batch["labels"], batch["weights"], scale, self.kernel)}

@@ -25,12 +25,12 @@ class Head(NamedTuple):
     softcap: float | None = None
 
 
-# (logits [n, V], labels [n], weights [n], softcap) -> (loss sum, its gradient by the logits [n, V])
-Kernel = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
+# (logits [n, V], labels [n], weights [n], scale [], softcap) -> (loss sum, scale x its gradient by the logits [n, V])
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
 
 
 def loss_and_gradient(
-    logits: Tensor, labels: Tensor, weights: Tensor, softcap: float | None
+    logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """The element-wise part, in float32; a compiler makes one pass of it."""
     wide = logits.float()
@@ -42,7 +42,7 @@ def loss_and_gradient(
     picked = wide.gather(-1, labels.unsqueeze(-1))
     loss = ((total.log() + top - picked).squeeze(-1) * weights).sum()
     target = torch.arange(logits.shape[-1], device=logits.device) == labels.unsqueeze(-1)
-    gradient = (powers / total - target.float()) * weights.unsqueeze(-1)
+    gradient = (powers / total - target.float()) * (weights * scale).unsqueeze(-1)
     if softcap is not None:
         gradient = gradient * (1 - (wide / softcap).square())
     return loss, gradient.to(logits.dtype)
@@ -58,27 +58,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         labels: Tensor,
         weights: Tensor,
+        scale: Tensor,
         kernel: Kernel,
     ) -> Tensor:
-        wanted = any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        hidden_grad = torch.empty_like(hidden) if wanted else None
+        hidden_grad = torch.empty_like(hidden)
         head_grads: list[Tensor] = []
         for start in range(0, hidden.shape[0], CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
             logits = torch.nn.functional.linear(hidden[part], weight, bias)
-            loss, dlogits = kernel(logits, labels[part], weights[part], softcap)
+            loss, dlogits = kernel(logits, labels[part], weights[part], scale, softcap)
             total += loss
-            if hidden_grad is not None:
-                torch.mm(dlogits, weight, out=hidden_grad[part])
-                _accumulate(head_grads, dlogits, hidden[part], bias)
-        ctx.save_for_backward(hidden_grad, *head_grads)
+            torch.mm(dlogits, weight, out=hidden_grad[part])
+            _accumulate(head_grads, dlogits, hidden[part], bias)
+        ctx.save_for_backward(scale, hidden_grad, *head_grads)
         return total
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad, *bias_grad = (g.mul_(outer[0]) for g in ctx.saved_tensors)
-        return (hidden_grad, weight_grad, bias_grad[0] if bias_grad else None, None, None, None, None)
+        scale, *grads = ctx.saved_tensors
+        rest = outer[0] / scale  # 1 where the scale was the right one
+        hidden_grad, weight_grad, *bias_grad = (g.mul_(rest) for g in grads)
+        return (hidden_grad, weight_grad, bias_grad[0] if bias_grad else None, *[None] * 5)
 
 
 def _accumulate(grads: list[Tensor], dlogits: Tensor, hidden: Tensor, bias: Tensor | None) -> None:
@@ -102,13 +103,26 @@ def _transposed_product(wide: Tensor, narrow: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, head: Head, labels: Tensor, weights: Tensor, kernel: Kernel = loss_and_gradient
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    weights: Tensor,
+    scale: Tensor | None = None,
+    kernel: Kernel = loss_and_gradient,
 ) -> Tensor:
     """Weighted sum of -log softmax(logits)[labels], a float32 scalar.
 
     hidden [..., D] and the head in the compute format, labels [...] int64, weights [...] float32.
     Logits are rounded to the compute format, as every matrix product is; the rest is float32.
-    `kernel` is `loss_and_gradient` or what a compiler made of it.
+    `scale` (0-dim float32) is the gradient that this sum is going to get: fp16 products need it beforehand,
+    since an undivided sum over rows leaves its range. `kernel` is `loss_and_gradient` or what a compiler made of it.
     """
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    return _LinearCrossEntropy.apply(rows, *head, labels.reshape(-1), weights.reshape(-1), kernel)
+    rows, labels, weights = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), weights.reshape(-1)
+    scale = torch.ones((), device=hidden.device) if scale is None else scale
+    if torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(rows, *head, labels, weights, scale, kernel)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for part in (slice(n, n + CHUNK_ROWS) for n in range(0, rows.shape[0], CHUNK_ROWS)):
+        logits = torch.nn.functional.linear(rows[part], head.weight, head.bias)
+        total += kernel(logits, labels[part], weights[part], scale, head.softcap)[0]
+    return total

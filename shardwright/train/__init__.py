@@ -23,7 +23,7 @@ class _CallablePackage(ModuleType):
         from shardwright.train.run import train
         from shardwright.train.settings import read_config
 
-        settings = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
+        settings = [f"{key.replace('__', '.')}={json.dumps(value, default=str)}" for key, value in overrides.items()]
         return train(read_config(config, settings))
 
 

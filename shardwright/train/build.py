@@ -21,9 +21,9 @@ from shardwright.data.loader import Loader
 from shardwright.data.manifest import Manifest
 from shardwright.data.order import Plan
 from shardwright.data.pack import Packing
-from shardwright.data.remote import ShardCache, default_cache_folder
+from shardwright.data.remote import ShardCache, default_cache_folder, is_remote
 from shardwright.data.stream import Source, Stream, ValidationStream
-from shardwright.data.tokenizers import Tokenizer
+from shardwright.data.tokenizers import Tokenizer, load_prepared
 from shardwright.log import get_logger
 from shardwright.model.families import build_model
 from shardwright.model.init import apply_init
@@ -45,7 +45,6 @@ class Corpus:
     """The prepared folders of a run, checked against each other, and their tokenizer."""
 
     manifests: list[Manifest]
-    weights: list[float]
     tokenizer: Tokenizer
 
 
@@ -62,20 +61,44 @@ def build_corpus(config: Config) -> Corpus:
                 f"{source.path}: was prepared with tokenizer {manifest.tokenizer['sha256'][:12]}, "
                 f"{sources[0].path} with {first[:12]}; prepare both with one tokenizer"
             )
-    tokenizer = Tokenizer.load(sources[0].path)
-    return Corpus(manifests, [s.weight for s in sources], tokenizer)
+    return Corpus(manifests, load_prepared(manifests[0]))
 
 
-def fit_to_corpus(config: Config, vocab_size: int) -> None:
-    """Fill in the vocabulary and check what model and data must agree on."""
-    model, length = config.model, config.data.sequence_length
+def fit_to_corpus(config: Config, corpus: Corpus) -> None:
+    """Fill in the vocabulary and the corpus' hashes, make its paths absolute, and check that model and data agree."""
+    found = [manifest.sha256 for manifest in corpus.manifests]
+    if config.data.corpus not in ([], found):
+        raise ConfigError(
+            f"data.corpus: names {config.data.corpus[0][:12]}..., {corpus.manifests[0].root} is {found[0][:12]}...; "
+            "restore that corpus or drop the key"
+        )
+    config.data.corpus = found
+    if config.data.path is not None:
+        config.data.path = _absolute(config.data.path)
+    for source in config.data.sources:
+        source.path = _absolute(source.path)
+    _fit_vocabulary(config, corpus.tokenizer.vocab_size)
+    check_length(config)
+
+
+def _absolute(path: str) -> str:
+    return path if is_remote(path) else str(Path(path).resolve())
+
+
+def _fit_vocabulary(config: Config, vocab_size: int) -> None:
+    model = config.model
     if model.vocab_size == 0:
         model.vocab_size = vocab_size
     if model.vocab_size < vocab_size:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size}: the tokenizer has {vocab_size} tokens; use 0 or at least that many"
         )
-    longest = getattr(model, "max_length", length)
+
+
+def check_length(config: Config) -> None:
+    """ConfigError where a sequence is longer than the model allows."""
+    length = config.data.sequence_length
+    longest = getattr(config.model, "max_length", length)
     if length > longest:
         raise ConfigError(
             f"data.sequence_length={length}: is longer than the model allows; lower it to model.max_length={longest} "

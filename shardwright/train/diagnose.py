@@ -11,28 +11,33 @@ from torch import Tensor, nn
 from shardwright.train.step import Batch, LossModel
 
 
-def first_nonfinite(model: LossModel, batches: Sequence[Batch], step: Tensor, scale: Tensor) -> str:
-    """For instance "blocks.3.mlp.down (backward)"; leaves gradients and weights as they are."""
+def first_nonfinite(
+    model: LossModel, batches: Sequence[Batch], step: Tensor, scales: dict[str, Tensor]
+) -> str:
+    """For instance "blocks.3.mlp.down (backward)"; leaves gradients and weights as they are.
+
+    `scales` are those of the step (`Step.scales`), with its loss scale.
+    """
     for number, batch in enumerate(batches):
-        found = _run(model, batch, step, scale)
+        found = _run(model, batch, step, scales)
         if found:
             return f"{found}, micro-batch {number}"
     return "no single module: the sum over micro-batches"
 
 
-def _run(model: LossModel, batch: Batch, step: Tensor, scale: Tensor) -> str | None:
+def _run(model: LossModel, batch: Batch, step: Tensor, scales: dict[str, Tensor]) -> str | None:
     found: list[str] = []
     parts = [(n, m) for n, m in model.model.named_modules() if n and not any(m.children())]
     hooks = [module.register_forward_hook(_Watch(found, name)) for name, module in parts]
     try:
         with torch.compiler.set_stance("force_eager"):
-            sums, counts = model(batch, step), model.objective.count(batch)
-            loss = torch.stack([sums[t] / counts[t].clamp(min=1) for t in sums]).sum()
+            sums = model(batch, step, scales)
+            loss = torch.stack([sums[term] * scales[term] for term in sums]).sum()
             if not found and not _is_finite(loss):
                 found.append("the loss")
             if not found:
                 parameters = [p for p in model.parameters() if p.requires_grad]
-                grads = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
+                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
                 if not found and not all(_is_finite(g) for g in grads if g is not None):
                     found.append("a weight's gradient")
     finally:

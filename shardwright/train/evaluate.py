@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import lzma
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from shardwright.data.loader import Loader
 from shardwright.data.manifest import Manifest
 from shardwright.data.order import Plan
 from shardwright.data.pack import Packing
+from shardwright.data.remote import is_remote
 from shardwright.data.shards import Shard
 from shardwright.data.stream import ValidationStream
 from shardwright.data.tokenizers import Tokenizer
@@ -48,17 +49,26 @@ class Validation:
         return self.stream.text_bytes * targets / self.stream.num_tokens
 
 
-def evaluate(model: LossModel, validation: Validation, most: int | None = None) -> dict[str, float]:
-    """`val_loss`, `val_perplexity` and `val_bits_per_byte`; the host reads the device once, at the end."""
+def evaluate(
+    model: LossModel, validation: Validation, most: int | None = None, stop: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
+    """`val_loss`, `val_perplexity` and `val_bits_per_byte`; the host reads the device once, at the end.
+
+    None where `stop`, asked before each batch, says to leave.
+    """
     training = model.training
     model.eval()
     step = torch.zeros((), dtype=torch.int64, device=validation.device)
     total = torch.zeros(2, dtype=torch.float64, device=validation.device)
     with torch.no_grad():
         for batch in validation.batches(most):
+            if stop():
+                break
             sums, counts = model(batch, step), model.objective.count(batch)
             total += torch.stack([_sum(sums), _sum(counts)])
     model.train(training)
+    if stop():
+        return None
     nats, targets = total.tolist()
     return figures(nats, targets, validation.text_bytes(targets))
 
@@ -77,8 +87,14 @@ def figures(nats: float, targets: float, text_bytes: float) -> dict[str, float]:
     }
 
 
-def split_text(manifest: Manifest, tokenizer: Tokenizer, split: str = "validation") -> bytes:
-    """The text of a split as UTF-8, decoded from its tokens, documents one after the other."""
+def split_text(manifests: Sequence[Manifest], tokenizer: Tokenizer) -> bytes | None:
+    """The validation text as UTF-8, decoded from its tokens, documents one after the other.
+
+    None where it is of several sources, lies elsewhere, or is so long that xz would take minutes.
+    """
+    manifest, split = manifests[0], "validation"
+    if len(manifests) > 1 or is_remote(manifest.root) or manifest.split(split).text_bytes > XZ_LIMIT:
+        return None
     pieces = []
     for info in manifest.split(split).shards:
         shard = Shard(f"{manifest.root}/{info.path}", f"{manifest.root}/{info.index}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from shardwright.checkpoint import find_newest
 from shardwright.config import Config, ConfigError, RunError, differences, to_yaml
 from shardwright.log import get_logger
+from shardwright.train.metrics import METRICS
 from shardwright.train.settings import read_config
 
 CONFIG = "config.yaml"
@@ -23,7 +24,8 @@ def open_run_folder(config: Config) -> tuple[Path, Path | None]:
     checkpoint, skipped = find_newest(folder / CHECKPOINTS)
     for path, reason in skipped:
         get_logger().warning("checkpoint %s is passed over: %s", path, reason)
-    if checkpoint is not None and (folder / CONFIG).is_file():
+    begun = checkpoint is not None or bool(skipped) or (folder / METRICS).is_file()
+    if begun and (folder / CONFIG).is_file():
         _check_meaning(folder, config)
     write_config(folder, config)
     return folder, checkpoint

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from shardwright.checkpoint import find_newest
 from shardwright.checkpoint import load as load_checkpoint
@@ -24,6 +28,11 @@ class Loaded:
     tokenizer: Tokenizer
     config: Config
     checkpoint: Path
+
+    def __call__(self, **inputs: Any) -> Mapping[str, Any]:
+        """Call the model by Hugging Face's names: `loaded(input_ids=...)["logits"]`; without gradients."""
+        with torch.no_grad():
+            return self.model(**inputs)
 
 
 def load(path: str | Path, *, device: str = "auto") -> Loaded:

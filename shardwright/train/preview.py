@@ -10,8 +10,8 @@ from shardwright.log import quantity
 from shardwright.model.count import num_flops, num_parameters
 from shardwright.parallel.mesh import build_world
 from shardwright.parallel.precision import FORMATS
-from shardwright.train.build import build_corpus, fit_to_corpus
-from shardwright.train.schedule import build_ramp
+from shardwright.train.build import build_corpus, check_length, fit_to_corpus
+from shardwright.train.course import Course
 
 
 def batch_equation(config: Config, data_size: int = 1) -> str:
@@ -30,8 +30,10 @@ def batch_equation(config: Config, data_size: int = 1) -> str:
 def preview(config: Config, *, as_json: bool = False) -> str:
     """The resolved config, batch, size, FLOPs and memory of a run, as text or JSON."""
     world = build_world(config.train.device, config.train.threads)
-    if config.model.vocab_size == 0:
-        fit_to_corpus(config, build_corpus(config).tokenizer.vocab_size)
+    check_length(config)
+    course = Course(config)
+    if config.model.vocab_size == 0 or config.data.mixture():
+        fit_to_corpus(config, build_corpus(config))
     model, length = config.model, config.data.sequence_length
     parameters = num_parameters(model)  # type: ignore[arg-type]
     flops = num_flops(model, length)  # type: ignore[arg-type]
@@ -47,19 +49,15 @@ def preview(config: Config, *, as_json: bool = False) -> str:
         facts = {"parameters": parameters, "flops_per_token": flops.model, "memory_bytes": memory}
         return json.dumps({"config": config.model_dump(mode="json"), "batch": batch_equation(config), **facts})
     sizes = _sizes(parameters, flops.model, memory)
-    return "\n".join([to_yaml(config), batch_equation(config), _length(config), *sizes, f"device: {world.device}"])
+    lines = [to_yaml(config), batch_equation(config), _length(config, course), *sizes, f"device: {world.device}"]
+    return "\n".join(lines)
 
 
-def _length(config: Config) -> str:
-    train, batch = config.train, config.global_batch() * config.data.sequence_length
-    ramp = build_ramp(config.batch, config.global_batch())
-    if train.steps is not None:
-        tokens = ramp.drawn_after(train.steps) * config.data.sequence_length
-        return f"length: {train.steps:,} steps, {tokens:,} tokens"
-    if train.tokens is not None:
-        steps = ramp.steps_to(-(-train.tokens // config.data.sequence_length))
-        return f"length: {train.tokens:,} tokens, {steps:,} steps"
-    return f"length: {train.budget} of wall-clock time, {batch:,} tokens a step"
+def _length(config: Config, course: Course) -> str:
+    if course.steps is None:
+        batch = config.global_batch() * course.length
+        return f"length: {config.train.budget} of wall-clock time, {batch:,} tokens a step"
+    return f"length: {course.steps:,} steps, {course.ramp.drawn_after(course.steps) * course.length:,} tokens"
 
 
 def _sizes(parameters: dict[str, int], flops: float, memory: dict[str, int]) -> list[str]:

@@ -34,7 +34,13 @@ def write_result(folder: Path, result: Result) -> None:
     fresh.replace(folder / RESULT)
 
 
-def read_result(folder: Path) -> Result | None:
-    """What `write_result` kept; None where the run has not ended."""
+def read_result(folder: Path, step: int) -> Result | None:
+    """What `write_result` kept of a run that ended at `step`; one that is not of this end is removed."""
     path = folder / RESULT
-    return Result(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    result = Result(**json.loads(path.read_text(encoding="utf-8")))
+    if result.step == step:
+        return result
+    path.unlink()
+    return None

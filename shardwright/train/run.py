@@ -31,12 +31,13 @@ from shardwright.train.build import (
     build_validation,
     fit_to_corpus,
 )
+from shardwright.train.clock import Clock
 from shardwright.train.course import Course
 from shardwright.train.diagnose import first_nonfinite
 from shardwright.train.evaluate import Validation, evaluate, split_text, xz_bits_per_byte
 from shardwright.train.folder import CHECKPOINTS, open_run_folder
 from shardwright.train.guard import DelayedRead
-from shardwright.train.metrics import MetricsLog, Utilisation, record_start
+from shardwright.train.metrics import MetricsLog, Utilisation, read_metrics, record_start
 from shardwright.train.position import Position, apply_tensors, checkpoint_tensors
 from shardwright.train.profile import StepProfiler
 from shardwright.train.result import Result, read_result, write_result
@@ -53,7 +54,7 @@ def train(config: Config) -> Result:
     """
     world = build_world(config.train.device, config.train.threads)
     corpus = build_corpus(config)
-    fit_to_corpus(config, corpus.tokenizer.vocab_size)
+    fit_to_corpus(config, corpus)
     folder, checkpoint = open_run_folder(config)
     corpus.tokenizer.save(folder)
     with Signals() as signals, Run(config, world, corpus, folder, signals) as run:
@@ -68,14 +69,14 @@ class Run:
     def __init__(self, config: Config, world: World, corpus: Corpus, folder: Path, signals: Signals) -> None:
         self.config, self.world, self.corpus, self.folder, self.signals = config, world, corpus, folder, signals
         self.position = Position()
-        self._begun = time.monotonic()
         self.course = Course(config)
+        self.clock = Clock(folder, self.course.progress)
         self.loader: Loader = build_loader(config, world, self.course.ramp)
         self.step = build_step(config, world)
         self.pending, self.energy = DelayedRead(), EnergyMeter(world.device)
         self.utilisation = self._utilisation()
         self.last: StepBatch | None = None
-        self.step_seconds, self.data_seconds = 0.0, 0.0
+        self.data_seconds = 0.0
         self._saved_step = -1
         self._validation: Validation | None = None
         self._stack = ExitStack()
@@ -107,6 +108,7 @@ class Run:
             self._restore(checkpoint)
         elif "rollback" in (self.config.guard.nonfinite, self.config.guard.spike):
             self._save()  # the place that a roll-back before the first checkpoint goes to
+        read_result(self.folder, self.position.step)  # one of another end is removed
         self._open_metrics()
         self._start_clock()
         self._place_loader()
@@ -154,10 +156,8 @@ class Run:
         plan = build_plan(self.config, self.course.ramp, self.position.excluded)
         self.loader.start(self.position.step, self.position.drawn, plan)
 
-    def _start_clock(self) -> None:
-        # The budget runs from the moment the command began; building is a part of it.
-        begun = time.monotonic() if self.position.elapsed else self._begun
-        self._zero = begun - self.position.elapsed
+    def _start_clock(self, *, replay: bool = True) -> None:
+        self.clock.start(self.position, replay=replay)
         self._mark_logged()
 
     # ------------------------------------------------------------------------------------------ loop
@@ -171,10 +171,10 @@ class Run:
 
     def _is_over(self) -> bool:
         """Whether to leave the loop; the last step is then judged, logged and saved."""
-        if not self._is_done() and self.signals.received is None:
+        if not self._is_done() and not self._is_stopped():
             return False
         if self._judge():
-            return self.signals.received is not None
+            return self._is_stopped()
         if self._logged_step != self.position.step:
             self._log_step()
         if self._saved_step != self.position.step:
@@ -185,21 +185,21 @@ class Run:
         begin = time.monotonic()
         batch = next(self.loader)
         self.data_seconds += time.monotonic() - begin
+        # Only attention's own dropout draws from this generator: keyed by the step, it survives a restart.
+        torch.manual_seed((self.config.train.seed * 1_000_003 + self.position.step) % 2**63)
         # Filled on the device: a copy from the host would wait for it.
         number = torch.full((), self.position.step, dtype=torch.int64, device=self.world.device)
         self.step.accumulate(batch.micro_batches, number)
         # The step before is judged here: its weights are still in place, and the device is busy with this one.
         if self._judge():
             return
-        self.lr_factor = self.course.factor(self.position, batch.count, self.step_seconds)
+        self.lr_factor = self.course.factor(self.position, batch.count, self.clock.step_seconds)
+        self.clock.record(self.position.step)
         self.pending.put(self.step.update(self.lr_factor))
         self.last = batch
         self.position.step += 1
         self.position.drawn += batch.count
-        self.position.elapsed = time.monotonic() - self._zero
-        self.step_seconds = time.monotonic() - begin
-        if self.position.step == 1:
-            self.position.startup, self.step_seconds = self.position.elapsed, 0.0
+        self.clock.finish_step(self.position, begin)
 
     def _after_step(self) -> None:
         config, step = self.config, self.position.step
@@ -219,7 +219,7 @@ class Run:
             self._save()
 
     def _is_done(self) -> bool:
-        return self.course.is_done(self.position, self.step_seconds)
+        return self.course.is_done(self.position, self.clock.step_seconds)
 
     # ------------------------------------------------------------------------------------------ verdicts
 
@@ -264,8 +264,11 @@ class Run:
         if not outcome.overflow:
             return f"{where}: the loss {outcome.loss:.4f} is a spike"
         number = torch.tensor(self.position.step - 1, device=self.world.device)
-        scale = torch.tensor(outcome.loss_scale, device=self.world.device)
-        module = first_nonfinite(self.step.model, self.last.micro_batches, number, scale)
+        batches = self.last.micro_batches
+        # The scale has fallen since.
+        ratio = outcome.loss_scale / self.step.scaler.scale
+        scales = {term: scale * ratio for term, scale in self.step.scales(batches).items()}
+        module = first_nonfinite(self.step.model, batches, number, scales)
         return f"{where}: not finite, first in {module}"
 
     def _roll_back(self, what: str) -> None:
@@ -285,7 +288,7 @@ class Run:
         log.warning("%s; back to step %d, without sequences %d to %d", what, self.position.step, *excluded)
         self.metrics.close()
         self._open_metrics()
-        self._start_clock()
+        self._start_clock(replay=False)
         self._place_loader()
         self._save()  # so that a kill from here on does not bring the excluded range back
 
@@ -322,12 +325,13 @@ class Run:
             return torch.cuda.max_memory_allocated(self.world.device) / 2**30
         return psutil.Process().memory_info().rss / 2**30
 
-    def _evaluate(self, most: int | None) -> dict[str, float]:
+    def _evaluate(self, most: int | None) -> dict[str, float] | None:
         begin = time.monotonic()
         if self._validation is None:
             self._validation = build_validation(self.config, self.world)
-        figures = evaluate(self.step.model, self._validation, most)
-        self.metrics.log(self.position.step, figures)
+        figures = evaluate(self.step.model, self._validation, most, self._is_stopped)
+        if figures is not None:
+            self.metrics.log(self.position.step, figures)
         self._logged_at += time.monotonic() - begin  # a pause is not part of the training rate
         return figures
 
@@ -339,26 +343,26 @@ class Run:
 
     def finish(self) -> Result:
         """The last evaluation, unless it was made before, and what to tell the user."""
-        if self.signals.received is not None:
-            self.writer.wait()
+        result = None if self._is_stopped() else read_result(self.folder, self.position.step) or self._conclude()
+        self.writer.wait()
+        if result is None:
             reason, step = self.signals.received, self.position.step
             log.info("stopped by %s after step %d, all saved; the same command goes on", reason, step)
-            return Result(str(self.folder), self.position.step, self.course.tokens(self.position), stopped=True)
-        self.writer.wait()
-        result = read_result(self.folder)
-        if result is None or result.step != self.position.step:
-            result = self._conclude()
+            return Result(str(self.folder), step, self.course.tokens(self.position), stopped=True)
         _tell(result)
         return result
 
-    def _conclude(self) -> Result:
-        begin = time.monotonic()
-        figures = self._evaluate(None)
-        log.info("the whole validation split took %.1f s", time.monotonic() - begin)
-        text = split_text(self.corpus.manifests[0], self.corpus.tokenizer) if len(self.corpus.manifests) == 1 else b""
+    def _conclude(self) -> Result | None:
+        step = self.position.step
+        # A run killed after this evaluation has its figures already.
+        known = [r for r in read_metrics(self.folder) if r["step"] == step and "val_loss" in r]
+        figures = known[-1] if known else self._evaluate(None)
+        if figures is None:
+            return None
+        text = split_text(self.corpus.manifests, self.corpus.tokenizer)
         result = Result(
             run=str(self.folder),
-            step=self.position.step,
+            step=step,
             tokens=self.course.tokens(self.position),
             stopped=False,
             val_loss=figures["val_loss"],
@@ -367,6 +371,9 @@ class Run:
         )
         write_result(self.folder, result)
         return result
+
+    def _is_stopped(self) -> bool:
+        return self.signals.received is not None
 
     def _utilisation(self) -> Utilisation:
         device, compute = self.world.device, FORMATS[self.config.precision.compute]

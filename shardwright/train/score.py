@@ -25,8 +25,6 @@ def evaluate_run(path: str | Path, data: str | None = None) -> dict[str, float]:
     validation = build_validation(config, World(0, 1, device))
     model = LossModel(loaded.model, build_objective(config), config.train.seed)
     answer = evaluate(model, validation)
-    sources = config.data.mixture()
-    if len(sources) == 1 and "://" not in sources[0].path:
-        text = split_text(Manifest.load(sources[0].path), loaded.tokenizer)
-        answer["xz_bits_per_byte"] = xz_bits_per_byte(text)
-    return answer
+    assert answer is not None  # nobody asked it to stop
+    text = split_text([Manifest.load(source.path) for source in config.data.mixture()], loaded.tokenizer)
+    return answer if text is None else {**answer, "xz_bits_per_byte": xz_bits_per_byte(text)}

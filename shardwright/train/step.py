@@ -46,8 +46,8 @@ class LossModel(nn.Module):
         super().__init__()
         self.model, self.objective, self.seed = model, objective, seed
 
-    def forward(self, batch: Batch, step: Tensor) -> dict[str, Tensor]:
-        """Loss sums of one micro-batch; `step` (0-dim int64) keys what is random."""
+    def forward(self, batch: Batch, step: Tensor, scales: Batch | None = None) -> dict[str, Tensor]:
+        """Loss sums of one micro-batch; `step` (0-dim int64) keys what is random, `scales` are their gradients."""
         inputs = Inputs(
             input_ids=batch["input_ids"],
             position_ids=batch.get("position_ids"),
@@ -58,7 +58,7 @@ class LossModel(nn.Module):
         )
         hidden = self.model.hidden(inputs)
         head = Head(self.model.head_weight, self.model.head_bias, self.model.config.logit_softcap)
-        return self.objective.loss(hidden, head, batch)
+        return self.objective.loss(hidden, head, batch, scales)
 
 
 class Step:
@@ -80,15 +80,15 @@ class Step:
     def accumulate(self, batches: Sequence[Batch], step: Tensor) -> None:
         """Forward and backward of every micro-batch; gradients of the mean loss, times the scale."""
         self.masters.clear()
-        counts = self._counts(batches)
+        scales = self.scales(batches)
         total = torch.zeros_like(self.scaler.scale)
         for batch in batches:
-            sums = self.model(batch, step)
-            loss = self._mean(sums, counts)
+            sums = self.model(batch, step, scales)
             # Divided before it is scaled: a sum times 65,536 overflows fp16 at once.
-            (loss * self.scaler.scale).backward()
+            loss = torch.stack([sums[term] * scales[term] for term in sums]).sum()
+            loss.backward()
             total += loss.detach()
-        self._loss = total
+        self._loss = total / self.scaler.scale
 
     def update(self, factor: float) -> Tensor:
         """Apply the gradients at `factor` of the peak learning rate, unless they are unusable.
@@ -117,10 +117,10 @@ class Step:
         # A factor that is not finite would leave its mark between the tensors of the flat buffer.
         self.masters.scale_grads(torch.where(skipped, 1.0, factor))
 
-    def _counts(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def scales(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """What each term's sum is multiplied by: its weight and the loss scale over the count of the whole step."""
         counts = [self.model.objective.count(batch) for batch in batches]
-        return {term: torch.stack([c[term] for c in counts]).sum().clamp(min=1) for term in counts[0]}
-
-    def _mean(self, sums: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> Tensor:
-        terms = self.model.objective.terms
-        return torch.stack([sums[t] / counts[t] * terms[t] for t in sums]).sum()
+        return {
+            term: self.scaler.scale * weight / torch.stack([c[term] for c in counts]).sum().clamp(min=1)
+            for term, weight in self.model.objective.terms.items()
+        }

@@ -55,6 +55,20 @@ def test_bf16_is_within_its_rounding_and_zero_weight_rows_count_nothing():
     assert grad[10:].abs().max() == 0
 
 
+def test_fp16_gradients_of_the_head_leave_their_range_only_with_the_scale():
+    """An undivided sum over rows would be 160,000; divided by its count it is 40."""
+    hidden = torch.zeros(4096, 8, dtype=torch.float16)
+    hidden[:, 0] = 80
+    hidden.requires_grad_()
+    weight = torch.zeros(16, 8, dtype=torch.float16, requires_grad=True)
+    labels = (torch.arange(4096) % 2) * 3
+    scale = torch.tensor(1 / 4096)
+    (linear_cross_entropy(hidden, Head(weight), labels, torch.ones(4096), scale) * scale).backward()
+    exact = torch.zeros(16, 8, dtype=torch.float64, requires_grad=True)
+    torch.nn.functional.cross_entropy(hidden.detach().double() @ exact.T, labels).backward()
+    torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=1e-2, atol=1e-3)
+
+
 def test_without_gradients_it_is_the_same_number():
     hidden, weight, bias, labels, weights = _case(30, 8, 20, 1, torch.float32)
     kept = linear_cross_entropy(hidden, Head(weight, bias), labels, weights)

@@ -1,10 +1,14 @@
 """The loop as a whole, on real text: it learns, resumes bit for bit, and says what is wrong in one line."""
 
+import functools
+import http.server
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -243,7 +247,100 @@ def test_a_wall_clock_budget_ends_with_the_rate_at_its_floor(tiny):
     assert records[-1]["lr"] <= max(r["lr"] for r in records) * max(10 * share, 0.01)
 
 
+def test_a_killed_budget_replays_the_positions_that_it_had(tiny, tmp_path):
+    config = tiny("train.steps=null", "train.budget=60s", "checkpoint.every=5", "schedule.floor=0.0")
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    process = _start(path)
+    _wait_for(lambda: len(losses(config.run)) >= 13, process)
+    process.kill()
+    process.wait(30)
+    before = {r["step"]: r["lr"] for r in read_metrics(Path(config.run))}
+    resumed = int(find_newest(Path(config.run) / "checkpoints")[0].name.removeprefix("step_"))
+    _train_until(config, max(before) + 3)
+    after = {r["step"]: r["lr"] for r in read_metrics(Path(config.run))}
+    assert resumed < max(before)
+    assert {step: after[step] for step in before} == before
+
+
+def test_attention_dropout_survives_a_resume_too(tiny, tmp_path):
+    dropout = "model.attention_dropout=0.2"
+    whole, parts = tiny(dropout, f"run={tmp_path / 'whole'}"), tiny(dropout, f"run={tmp_path / 'parts'}")
+    train(whole)
+    _train_until(parts, 3)
+    train(parts)
+    assert losses(parts.run) == losses(whole.run)
+
+
+def test_a_signal_in_the_last_evaluation_stops_it_and_the_next_start_makes_it(tiny, monkeypatch):
+    from shardwright.train import evaluate as module
+
+    config = tiny("evaluate.batch=1")
+    original = module.Validation.batches
+
+    def interrupted(self, most=None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from original(self, most)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Validation, "batches", interrupted)
+        assert train(config).stopped
+    assert not (Path(config.run) / "result.json").exists()
+    assert train(config).val_loss is not None
+
+
+def test_the_last_evaluation_is_there_once_whatever_was_lost(tiny):
+    config = tiny()
+    first = train(config)
+    (Path(config.run) / "result.json").unlink()
+    assert train(config) == first
+    newest, _ = find_newest(Path(config.run) / "checkpoints")
+    shutil.rmtree(newest)
+    assert train(config) == first
+    assert [r["step"] for r in read_metrics(Path(config.run)) if "val_loss" in r] == [6]
+
+
+def test_training_from_a_url(tiny, prepared, tmp_path):
+    handler = functools.partial(_Quiet, directory=str(prepared))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        remote = tiny(f"data.path={url}", f"data.cache={tmp_path / 'cache'}", f"run={tmp_path / 'remote'}")
+        train(remote)
+    finally:
+        server.shutdown()
+    local = tiny(f"run={tmp_path / 'local'}")
+    train(local)
+    assert losses(remote.run) == losses(local.run)
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 # ------------------------------------------------------------------------------------------ bad input
+
+
+def test_another_corpus_in_place_of_the_runs_own_is_refused(tiny, prepared, bundled, tmp_path):
+    from shardwright.config import parse
+    from shardwright.data.prepare import PrepareConfig, prepare
+
+    train(tiny())
+    other = tmp_path / "other"
+    raw = {"input": [str(bundled / "chinese_poems.jsonl")], "output": str(other), "validation_every": 10}
+    prepare(parse(PrepareConfig, {**raw, "tokenizer": {"vocab_size": 512}}, "prepare"), progress=False)
+    with pytest.raises(ConfigError, match="data.corpus"):
+        train(tiny(f"data.path={other}"))
+
+
+def test_a_run_whose_checkpoints_are_all_torn_is_not_taken_over(tiny):
+    train(tiny())
+    for marker in Path(tiny().run).rglob("complete.json"):
+        marker.unlink()
+    with pytest.raises(ConfigError, match="holds the run of another config"):
+        train(tiny("model.width=16"))
 
 
 def test_another_config_in_the_run_folder_is_refused(tiny):
