@@ -297,6 +297,8 @@ def _open(
 
 
 def _open_sentencepiece(file: Path, raw: bytes) -> tuple[Backend, bytes, int | None]:
+    if not raw.strip():
+        raise ConfigError(f"{file}: is empty; expected a tokenizer; fetch the file again")
     try:
         backend = SentencePieceBackend(raw)
     except RuntimeError:

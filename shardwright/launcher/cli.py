@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,8 +70,11 @@ def prepare(
 
 
 def _is_setting(argument: str) -> bool:
+    """Whether an argument is key=value, and not a file of such a name."""
     key, equals, _ = argument.partition("=")
-    return bool(equals) and key.replace(".", "").replace("_", "").isalnum() and not Path(argument).exists()
+    if not equals or not key.replace(".", "").replace("_", "").isalnum():
+        return False
+    return not os.path.exists(argument)
 
 
 @app.command(epilog="Example: shardwright train configs/english.yaml train.budget=2m run=runs/trial")

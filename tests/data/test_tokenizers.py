@@ -237,3 +237,10 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 def test_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(ConfigError, match="holds no tokenizer; expected one of tokenizer.json"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "x.model", "x.tiktoken"])
+def test_an_empty_file_is_named(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=f"{name}: is empty; expected a tokenizer"):
+        Tokenizer.load(tmp_path / name)

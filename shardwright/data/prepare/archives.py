@@ -5,16 +5,42 @@ Finding records happens in the reading process, turning them into text in the wo
 
 from __future__ import annotations
 
+import codecs
 import io
 import logging
+import re
+import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 from shardwright.config import ConfigError
 from shardwright.data.prepare.records import HTML, TEXT, WIKI, BrokenInput
 
+_CHARSET = re.compile(r"""charset\s*=\s*["']?([\w.:-]+)""")
+_SUPERSETS = {"iso8859-1": "cp1252", "ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932"}
 PAGE_TYPES = ("text/html", "application/xhtml+xml")
+
+
+@cache
+def strict_header() -> type[tarfile.TarInfo]:
+    """A tar header for which only a block of zeros ends the archive.
+
+    tarfile takes whatever it cannot read behind the first header, and the end of the file, for the archive's end.
+    """
+
+    class Strict(tarfile.TarInfo):
+        @classmethod
+        def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
+            try:
+                return super().fromtarfile(tar)
+            except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+                raise
+            except tarfile.HeaderError as error:
+                raise tarfile.ReadError(f"{error} where a header should be") from None
+
+    return Strict
 
 
 def read_warc(stream: io.BufferedReader) -> Iterator[tuple[str, tuple[str, Any]]]:
@@ -30,12 +56,15 @@ def read_warc(stream: io.BufferedReader) -> Iterator[tuple[str, tuple[str, Any]]
             found = _warc_record(record, f"record {number}")
             if found is not None:
                 yield f"record {number}", found
-    except ArchiveLoadFailed as error:
+    except (ArchiveLoadFailed, ValueError) as error:  # ValueError: a length that is no number
         raise BrokenInput(f"record {number + 1}", f"not a valid WARC record: {str(error).strip()[:80]}") from None
 
 
 def _warc_record(record: Any, where: str) -> tuple[str, Any] | None:
     """The page or text of a record, None for requests, images and failures."""
+    length = record.rec_headers.get_header("Content-Length", "0")
+    if not length.isdecimal():
+        raise BrokenInput(where, f"its Content-Length is {length!r}, expected a number; fetch the file again")
     if record.rec_type not in ("response", "conversion"):
         return None
     if record.rec_type == "conversion":
@@ -45,13 +74,15 @@ def _warc_record(record: Any, where: str) -> tuple[str, Any] | None:
         return TEXT, data
     if record.http_headers is None or record.http_headers.get_statuscode() != "200":
         return None
-    media_type = (record.http_headers.get_header("Content-Type") or "").partition(";")[0].strip().lower()
+    media_type, _, parameters = (record.http_headers.get_header("Content-Type") or "").lower().partition(";")
+    media_type = media_type.strip()
     if media_type not in PAGE_TYPES:
         return None
     data = record.content_stream().read()
     if record.raw_stream.limit > 0:  # what the record's stated length still lacks
         raise BrokenInput(where, "the record is cut off; fetch the file again")
-    return HTML, (data, record.rec_headers.get_header("WARC-Target-URI") or "")
+    charset = _CHARSET.search(parameters)
+    return HTML, (data, record.rec_headers.get_header("WARC-Target-URI") or "", charset[1] if charset else "")
 
 
 def read_wikipedia(stream: io.BufferedReader) -> Iterator[tuple[str, tuple[str, Any]]]:
@@ -87,9 +118,28 @@ def _local(tag: str) -> str:
     return tag.rpartition("}")[2]
 
 
-def page_text(data: bytes, address: str) -> str | None:
-    """The main text of a web page, without menus and notices; None where there is none (trafilatura)."""
-    return _trafilatura().extract(data, url=address or None, include_comments=False)
+def page_text(data: bytes, address: str, charset: str = "") -> str | None:
+    """The main text of a web page, without menus and notices; None where there is none (trafilatura).
+
+    `charset` is what the server said; where it does not fit, or is empty, the page itself decides.
+    """
+    return _trafilatura().extract(decode_page(data, charset) or data, url=address or None, include_comments=False)
+
+
+def decode_page(data: bytes, charset: str) -> str | None:
+    """A page by the charset of its HTTP header, None where that is unknown or does not fit.
+
+    What is valid UTF-8 is UTF-8, since servers often call all their pages Latin-1.
+    """
+    try:
+        name = codecs.lookup(charset).name
+    except (LookupError, ValueError):
+        return None
+    own = _SUPERSETS.get(name, name)
+    for encoding in [own] if data.isascii() else ["utf-8", own]:  # ASCII may be UTF-16 or ISO-2022
+        with suppress(UnicodeError, LookupError):
+            return data.decode(encoding)
+    return None
 
 
 @cache

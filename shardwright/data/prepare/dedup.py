@@ -21,6 +21,23 @@ from shardwright.data.prepare.words import shingles, word_hashes
 _AT_ONCE = 16384  # shingles hashed together, so that a book does not fill the memory
 
 
+def check_dedup(options: DedupOptions) -> None:
+    """ConfigError where no banding of so many hash functions finds documents so much alike."""
+    if not options.near:
+        return
+    _sketch(options, 0)  # names the package if that is missing
+    from datasketch import MinHashLSH
+
+    try:
+        MinHashLSH(threshold=options.threshold, num_perm=options.permutations)
+    except ValueError:
+        raise ConfigError(
+            f"dedup.threshold={options.threshold} with dedup.permutations={options.permutations}: MinHash cannot find "
+            "documents so much alike; lower the threshold or raise the permutations"
+            + (" (dedup.exact finds equal ones)" if options.exact else "")
+        ) from None
+
+
 def fingerprint(text: str) -> np.ndarray:
     """128 bits of the text's sha256, as uint64 [2]."""
     return np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], "<u8")

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from shardwright.config import ConfigError
+from shardwright.data.prepare.archives import page_text
 from shardwright.data.prepare.inputs import InputFile
 from shardwright.data.prepare.options import FilterOptions, PrepareConfig
 from shardwright.data.prepare.readers import read_inputs
-from shardwright.data.prepare.records import BROKEN, END, JSON
+from shardwright.data.prepare.records import BROKEN, END, HTML, JSON, WIKI
+from shardwright.data.prepare.wikitext import article_text
 from shardwright.data.prepare.words import run_hashes, word_hashes
 
 _EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][\w.%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w-])", re.A)
@@ -148,19 +150,19 @@ def _identifier() -> Any:
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-def contamination_of(files: list[InputFile], config: PrepareConfig, sha256: dict[str, str]) -> np.ndarray:
-    """Sorted numbers of all runs of words in evaluation files, uint64; fills `sha256` with the files' hashes.
+def contamination_of(files: list[InputFile], config: PrepareConfig, facts: list[dict[str, str]]) -> np.ndarray:
+    """Sorted numbers of all runs of words in evaluation files, uint64; `facts` gains name and sha256 of each file.
 
-    Of JSON lines every string counts (question, choices, answer), of other formats the text. Texts shorter than a run
-    cannot be found again. Broken evaluation files are always an error.
+    Each file is read by its own format. Of JSON, CSV and Parquet every string counts (question, choices, answer), of
+    other formats the text. Texts shorter than a run cannot be found again. Broken evaluation files are always an error.
     """
     runs = [np.empty(0, np.uint64)]
-    for record in read_inputs(files, config):
-        name = files[record.file].name
+    for record in read_inputs(files, config.model_copy(update={"format": "auto"}), every_field=True):
+        name = files[record.file].shown
         if record.kind == BROKEN:
             raise ConfigError(f"filters.decontaminate: {name}: {record.where}: {record.data}")
         if record.kind == END:
-            sha256[name] = record.data
+            facts.append({"name": files[record.file].name, "sha256": record.data})
             continue
         for text in _strings(record.kind, record.data, f"{name}: {record.where}"):
             runs.append(run_hashes(word_hashes(text), config.filters.decontaminate_words))
@@ -175,13 +177,17 @@ def _strings(kind: str, data: Any, where: str) -> Iterator[str]:
             raise ConfigError(f"filters.decontaminate: {where}: not valid JSON: {error}") from None
     elif isinstance(data, bytes):
         yield data.decode("utf-8", "replace")
-    elif isinstance(data, str):
-        yield data
+    elif kind == HTML:
+        yield page_text(*data) or ""
+    elif kind == WIKI:
+        yield article_text(*data) or ""
+    else:
+        yield from _leaves(data)
 
 
 def _leaves(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        yield value
+        yield value.encode("utf-8", "replace").decode()  # lone surrogates stand for bytes that are not UTF-8
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _leaves(inner)

@@ -10,8 +10,9 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shardwright.config import ConfigError, RunError
+from shardwright.config import ConfigError
 from shardwright.data.manifest import FORMAT
+from shardwright.data.prepare.streams import insist
 from shardwright.log import get_logger
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
@@ -44,6 +45,11 @@ class InputFile(NamedTuple):
     size: int | None  # bytes as stored; None where only reading tells
     changed: int | None  # time of last change in ns, local files only
 
+    @property
+    def shown(self) -> str:
+        """What messages call it: the path as the user typed it, so that files of one name can be told apart."""
+        return readable(self.name if self.name.startswith("bundled:") else self.location)
+
 
 def format_of(name: str) -> str | None:
     """Format that a file name promises, its compression aside; None for an unknown ending."""
@@ -59,6 +65,11 @@ def has_ending(name: str) -> bool:
     while path.suffix in COMPRESSIONS:
         path = path.with_suffix("")
     return bool(path.suffix)
+
+
+def readable(name: str) -> str:
+    """A name for reports and the manifest: bytes of it that are not UTF-8 are spelled out."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def is_remote(location: str) -> bool:
@@ -95,6 +106,8 @@ def _bundled(item: str) -> InputFile:
 
 def _local(item: str, output: Path | None) -> list[InputFile]:
     path = Path(item).expanduser()
+    if (path / "dataset_dict.json").is_file() or all((path / n).is_file() for n in ("state.json", "dataset_info.json")):
+        raise ConfigError(f"{item}: is a data set that Hugging Face's save_to_disk wrote; give it as hf:{item}")
     if path.is_dir():
         found = _known(item, (p for p in sorted(path.rglob("*")) if not _hidden(p.relative_to(path))))
         root = path
@@ -115,7 +128,7 @@ def _describe(path: Path, root: Path) -> InputFile:
     if not os.access(path, os.R_OK):
         raise ConfigError(f"{path}: no permission to read it")
     stat = path.stat()
-    return InputFile(path.relative_to(root).as_posix(), str(path), stat.st_size, stat.st_mtime_ns)
+    return InputFile(readable(path.relative_to(root).as_posix()), str(path), stat.st_size, stat.st_mtime_ns)
 
 
 def _known(item: str, paths: Any) -> list[Path]:
@@ -128,7 +141,7 @@ def _known(item: str, paths: Any) -> list[Path]:
     files = [p for p in files if prepared.isdisjoint(p.parents)]
     known = [p for p in files if format_of(p.name)]
     if len(known) < len(files):
-        other = [p.name for p in files if not format_of(p.name)]
+        other = [readable(p.name) for p in files if not format_of(p.name)]
         get_logger().warning(
             f"{item}: {len(other)} files of unknown ending are not read: {', '.join(other[:3])}"
             f"{', ...' if len(other) > 3 else ''} (name them as input to read them as text)"
@@ -148,26 +161,28 @@ def _fixed_part(pattern: str) -> str:
 
 
 def _remote(item: str) -> list[InputFile]:
-    import fsspec
-
     try:
-        system, path = fsspec.core.url_to_fs(item)
-        if glob.has_magic(path.partition("?")[0]) and not item.startswith(("http://", "https://")):
-            paths = sorted(system.glob(path))
-        elif not item.startswith(("http://", "https://")) and system.isdir(path):
-            paths = sorted(p for p in system.find(path) if format_of(p))
-        else:
-            return [InputFile(item, item, system.info(path).get("size"), None)]
-        sizes = [system.info(p).get("size") for p in paths]
+        found = insist(item, lambda: "cannot be reached", lambda: _look_up(item))
     except ImportError as error:
         raise ConfigError(f"{item}: {str(error).splitlines()[0]}") from None
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{item}: is not a URL that can be read: {error}") from None
-    except FileNotFoundError:
-        raise ConfigError(f"{item}: there is nothing at this URL") from None
-    except Exception as error:  # each protocol has exceptions of its own
-        raise RunError(f"{item}: cannot be reached ({type(error).__name__}: {error}); run again to go on") from None
-    if not paths:
+    if not found:
         raise ConfigError(f"{item}: there is nothing at this URL")
-    urls = [system.unstrip_protocol(p) for p in paths]
-    return [InputFile(url, url, size, None) for url, size in zip(urls, sizes, strict=True)]
+    return [InputFile(url, url, size, None) for url, size in found]
+
+
+def _look_up(item: str) -> list[tuple[str, int | None]]:
+    """(URL, size) of each file behind a URL, which may be a pattern or a folder unless it is of HTTP."""
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(item)
+    if glob.has_magic(path.partition("?")[0]) and not item.startswith(("http://", "https://")):
+        paths = sorted(system.glob(path))
+    elif not item.startswith(("http://", "https://")) and system.isdir(path):
+        paths = sorted(p for p in system.find(path) if format_of(p))
+    else:
+        return [(item, system.info(path).get("size"))]
+    return [(system.unstrip_protocol(p), system.info(p).get("size")) for p in paths]

@@ -7,11 +7,13 @@ same, so that a preparation stopped by a broken file can go on with `on_error=sk
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
 from pydantic import model_validator
 
 from shardwright.config import Strict, free, meaning
+from shardwright.data.prepare.inputs import readable
 
 
 class TokenizerOptions(Strict):
@@ -80,7 +82,7 @@ class DedupOptions(Strict):
     exact: bool = meaning(True, "Leave out documents whose cleaned text was seen before")
     near: bool = meaning(False, "Leave out near-duplicates (MinHash); see the memory note in prepare/dedup.py")
     threshold: float = meaning(0.8, "Jaccard similarity from which two documents are near-duplicates", gt=0, le=1)
-    permutations: int = meaning(128, "Hash functions of a MinHash signature", ge=16)
+    permutations: int = meaning(128, "Hash functions of a MinHash signature", ge=16, le=2**14)
     words: int = meaning(5, "Words in a shingle; a Chinese character counts as one", ge=1)
 
 
@@ -116,4 +118,17 @@ class PrepareConfig(Strict):
 
     def recipe(self) -> dict[str, Any]:
         """All that decides about the bytes of the result, as plain JSON values, for the manifest."""
-        return self.model_dump(mode="json", exclude={"output", "workers", "on_error"})
+        return _readable(self.model_dump(exclude={"output", "workers", "on_error"}))
+
+    def for_workers(self) -> str:
+        """All of it as JSON; names of files, which workers have no use for, as messages spell them."""
+        return json.dumps(_readable(self.model_dump()))
+
+
+def _readable(value: Any) -> Any:
+    """Plain values whose strings can be written as UTF-8, which a file's name need not be."""
+    if isinstance(value, dict):
+        return {key: _readable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_readable(item) for item in value]
+    return readable(value) if isinstance(value, str) else value

@@ -24,7 +24,7 @@ import numpy as np
 from shardwright.config import ConfigError, RunError
 from shardwright.data.manifest import Manifest, ShardInfo, SplitInfo, write_atomic
 from shardwright.data.prepare import state, units
-from shardwright.data.prepare.dedup import exact_duplicates, near_duplicates
+from shardwright.data.prepare.dedup import check_dedup, exact_duplicates, near_duplicates
 from shardwright.data.prepare.filters import check_languages, contamination_of
 from shardwright.data.prepare.inputs import list_inputs
 from shardwright.data.prepare.options import PrepareConfig
@@ -32,7 +32,7 @@ from shardwright.data.prepare.pool import Pool, build_pool, num_workers
 from shardwright.data.prepare.readers import read_inputs
 from shardwright.data.prepare.records import cut_units
 from shardwright.data.prepare.units import SPLITS, Job
-from shardwright.data.prepare.vocabulary import describe, train_tokenizer
+from shardwright.data.prepare.vocabulary import check_pattern, describe, train_tokenizer
 from shardwright.data.tokenizers import Tokenizer, files_of
 from shardwright.log import Bar, get_logger
 from shardwright.log import progress as show
@@ -63,6 +63,8 @@ class _Preparation:
     def __init__(self, config: PrepareConfig, output: Path, work: Path, quiet: bool | None) -> None:
         self.config, self.output, self.work, self.quiet = config, output, work, quiet
         check_languages(config.filters.languages)
+        check_dedup(config.dedup)
+        check_pattern(config.tokenizer.pattern)
         if config.tokenizer.path is not None:  # before hours of cleaning, not after
             _open_tokenizer(config)
         self.files = list_inputs(config.input, output)
@@ -84,7 +86,7 @@ class _Preparation:
         return manifest
 
     def _work(self) -> None:
-        job = Job(str(self.work), self.config.model_dump_json(), json.dumps(self.source))
+        job = Job(str(self.work), self.config.for_workers(), json.dumps(self.source))
         with build_pool(num_workers(self.config.workers)) as pool:
             cleaned = self._clean(pool, job)
             removed = self._find_duplicates(job, cleaned)
@@ -102,9 +104,8 @@ class _Preparation:
         named = self.config.filters.decontaminate
         if not named:
             return None
-        hashes: dict[str, str] = {}
-        runs = contamination_of(list_inputs(named), self.config, hashes)
-        self.source["evaluation"] = [{"name": name, "sha256": sha256} for name, sha256 in hashes.items()]
+        self.source["evaluation"] = []
+        runs = contamination_of(list_inputs(named), self.config, self.source["evaluation"])
         return runs
 
     # -- pass 1: records to cleaned documents -----------------------------------------------------------------------
@@ -163,10 +164,10 @@ class _Preparation:
 
     def _describe(self, entry: list[Any]) -> str:
         file, where, reason = entry
-        return f"{self.files[file].name}: {where}: {reason}"
+        return f"{self.files[file].shown}: {where}: {reason}"
 
     def _broken_lines(self, cleaned: dict[str, Any]) -> list[dict[str, str]]:
-        return [{"file": self.files[f].name, "where": where, "reason": why} for f, where, why in cleaned["broken"]]
+        return [{"file": self.files[f].shown, "where": where, "reason": why} for f, where, why in cleaned["broken"]]
 
     # -- pass 2: duplicates -----------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ yielded as such and reading goes on behind them; a broken stream ends its file.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -16,10 +17,11 @@ from typing import Any
 
 from shardwright.config import ConfigError, RunError
 from shardwright.data.prepare import archives
-from shardwright.data.prepare.inputs import InputFile, format_of, has_ending
+from shardwright.data.prepare.inputs import InputFile, format_of, has_ending, is_remote, readable
 from shardwright.data.prepare.options import PrepareConfig
 from shardwright.data.prepare.records import BROKEN, END, JSON, TEXT, VALUE, BrokenInput, Found, Record
 from shardwright.data.prepare.streams import BUFFER, Tally, broken_streams, open_raw, uncompress
+from shardwright.data.remote import check_member
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -31,20 +33,28 @@ def read_inputs(
     first_file: int = 0,
     behind: int = 0,
     advance: Callable[[int], None] = lambda count: None,
+    every_field: bool = False,
 ) -> Iterator[Record]:
-    """Every record of the files in order, from record `behind` of file `first_file`; END closes each file."""
+    """Every record of the files in order, from record `behind` of file `first_file`; END closes each file.
+
+    With `every_field` a row of a table is a list of all its values, not the text field's.
+    """
     for number in range(first_file, len(files)):
-        records = read_file(number, files[number], config, advance)
+        records = read_file(number, files[number], config, advance, every_field)
         for index, record in enumerate(records):
             if number > first_file or index >= behind:
                 yield record
 
 
 def read_file(
-    number: int, file: InputFile, config: PrepareConfig, advance: Callable[[int], None] = lambda count: None
+    number: int,
+    file: InputFile,
+    config: PrepareConfig,
+    advance: Callable[[int], None] = lambda count: None,
+    every_field: bool = False,
 ) -> Iterator[Record]:
-    """Records of one file, the last being END with the sha256 of the stored bytes (empty for random access)."""
-    reader = Reader(config)
+    """Records of one file, the last being END with the sha256 of the stored bytes (empty for remote random access)."""
+    reader = Reader(config, every_field)
     sha256 = ""
     try:
         if file.location.startswith("hf:"):
@@ -55,6 +65,9 @@ def read_file(
                 stream: io.BufferedReader = io.BufferedReader(tally, BUFFER)
                 if stream.peek(4)[:4] == b"PAR1" or config.format == "parquet":
                     raw.seek(0)
+                    if not is_remote(file.location):  # there a second pass over the bytes costs little
+                        sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
+                        raw.seek(0)
                     yield from (Record(number, *found) for found in reader.parquet(raw))
                 else:
                     try:
@@ -64,7 +77,7 @@ def read_file(
                     finally:
                         while stream.read(BUFFER):
                             pass
-                    sha256 = tally.sha256.hexdigest()
+                        sha256 = tally.sha256.hexdigest()
     except BrokenInput as broken:
         yield Record(number, broken.where, BROKEN, broken.reason)
     yield Record(number, "end", END, sha256)
@@ -73,8 +86,8 @@ def read_file(
 class Reader:
     """Finds the records of one file; `where` is the last place it reached, for reports."""
 
-    def __init__(self, config: PrepareConfig) -> None:
-        self.config = config
+    def __init__(self, config: PrepareConfig, every_field: bool = False) -> None:
+        self.config, self.every_field = config, every_field
         self.limit = config.max_document_mib << 20
         self.where = "start"
 
@@ -123,15 +136,28 @@ class Reader:
         import tarfile
 
         try:
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
+            with tarfile.open(fileobj=stream, mode="r|", tarinfo=archives.strict_header()) as tar:
                 for member in tar:
-                    content = tar.extractfile(member) if member.isfile() else None
+                    content: Any = tar.extractfile(member) if member.isfile() else None
                     if content is not None:
-                        self.where = f"{inside}{member.name}: start"
-                        inner = uncompress(io.BufferedReader(content, BUFFER))  # type: ignore[arg-type]
-                        yield from self.stream(inner, member.name, f"{inside}{member.name}: ")
+                        name = readable(member.name)
+                        self.where = f"{inside}{name}: start"
+                        yield from self._member(io.BufferedReader(content, BUFFER), name, inside)
+                behind: Any = tar.fileobj
+                rest = iter(lambda: behind.read(BUFFER), b"")
+                if any(block.strip(b"\0") for block in rest):
+                    raise tarfile.ReadError("more stands behind its end mark")
         except tarfile.TarError as error:
             raise BrokenInput(self.where, f"the tar is cut off or damaged ({error}); fetch the file again") from None
+
+    def _member(self, content: io.BufferedReader, name: str, inside: str) -> Iterator[Found]:
+        try:
+            check_member(name, inside)
+        except ConfigError:
+            reason = "is a pickle, which can run code when read; take it out of the tar"
+            yield Found(f"{inside}{name}", BROKEN, reason)
+        else:
+            yield from self.stream(uncompress(content), name, f"{inside}{name}: ")
 
     def _text(self, stream: io.BufferedReader, inside: str) -> Iterator[Found]:
         if self.config.documents == "file":
@@ -214,20 +240,22 @@ class Reader:
         # Bytes that are not UTF-8 travel as lone surrogates and are found, with their record, when it is cleaned.
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         csv.field_size_limit(self.limit)
-        rows = csv.reader(text, delimiter=delimiter)
+        rows = csv.reader(text, delimiter=delimiter, strict=True)  # or an open quote would swallow what follows
+        line = 1
         try:
             header = next(rows, [])
-            column = self._column(header, f"{inside}line 1")
+            column = None if self.every_field else self._column(header, f"{inside}line 1")
             line = rows.line_num + 1
             for row in rows:
                 self.where = f"{inside}line {line}"
-                if len(row) > column:
-                    yield Found(self.where, VALUE, row[column])
-                elif row:
+                if row and len(row) != len(header):
                     yield Found(self.where, BROKEN, f"{len(row)} columns, expected {len(header)} as in the header")
+                elif row:
+                    yield Found(self.where, VALUE, row if column is None else row[column])
                 line = rows.line_num + 1
         except csv.Error as error:
-            raise BrokenInput(f"{inside}line {rows.line_num}", f"not valid CSV: {error}") from None
+            reason = f"not valid CSV: {error} (in the record that begins here); close or double its quotes"
+            raise BrokenInput(f"{inside}line {line}", reason) from None
         finally:
             text.detach()
 
@@ -246,13 +274,15 @@ class Reader:
             raise ConfigError("Parquet files need pyarrow: pip install 'shardwright[data]'") from None
         try:
             table = pyarrow.parquet.ParquetFile(file)
-            self._column(table.schema_arrow.names, f"{inside}schema")
+            if not self.every_field:
+                self._column(table.schema_arrow.names, f"{inside}schema")
+            columns = None if self.every_field else [self.config.text_field]
             number = 0
-            for batch in table.iter_batches(256, columns=[self.config.text_field]):
-                for value in batch.column(0).to_pylist():
+            for batch in table.iter_batches(256, columns=columns):
+                for row in range(batch.num_rows):
                     number += 1
                     self.where = f"{inside}row {number}"
-                    yield Found(self.where, VALUE, value)
+                    yield Found(self.where, *_row(batch, row, self.every_field))
         except (pyarrow.ArrowException, OSError) as error:
             message = str(error).splitlines()[0]
             raise BrokenInput(self.where, f"not a whole Parquet file: {message}; fetch the file again") from None
@@ -269,6 +299,9 @@ class Reader:
                 raise _unreachable(name, error) from None
             if row is None:
                 return
+            if self.every_field:
+                yield Found(self.where, VALUE, row)
+                continue
             if self.config.text_field not in row:
                 self._column(list(row), self.where)
             yield Found(self.where, VALUE, row[self.config.text_field])
@@ -276,6 +309,16 @@ class Reader:
     def _too_long(self, remedy: str = "") -> str:
         size = self.config.max_document_mib
         return f"a document over {size} MiB; say {remedy}max_document_mib={2 * size}"
+
+
+def _row(batch: Any, row: int, every_field: bool) -> tuple[str, Any]:
+    """(kind, data) of a row of a Parquet batch: the first column's value, or a list of all."""
+    try:
+        values = [batch.column(number)[row].as_py() for number in range(batch.num_columns)]
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        return BROKEN, f"not valid UTF-8: 0x{byte:02x} at byte {error.start + 1} of the text; convert it to UTF-8"
+    return VALUE, values if every_field else values[0]
 
 
 def _load_dataset(name: str, config: str | None, split: str) -> Any:
@@ -286,8 +329,13 @@ def _load_dataset(name: str, config: str | None, split: str) -> Any:
     try:
         if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(name)
+            if isinstance(loaded, dict) and split not in loaded:
+                there = ", ".join(loaded)
+                raise ConfigError(f"hf:{name}: has no split {split!r}; it has {there}: say hf:{name}::SPLIT")
             return loaded[split] if isinstance(loaded, dict) else loaded
         return datasets.load_dataset(name, config, split=split, streaming=True)
+    except ConfigError:
+        raise
     except (ValueError, KeyError, FileNotFoundError) as error:
         raise ConfigError(f"hf:{name}: {str(error).splitlines()[0]}") from None
     except Exception as error:  # what the hub's client raises

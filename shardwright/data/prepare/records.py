@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 JSON = "json"  # bytes of one JSON object, which holds the text field
 VALUE = "value"  # the text field's value, whatever its type
 TEXT = "text"  # bytes in UTF-8
-HTML = "html"  # (bytes of a web page, its address)
+HTML = "html"  # (bytes of a web page, its address, the charset its server said)
 WIKI = "wiki"  # (title, wiki markup)
 BROKEN = "broken"  # why there is no record here
 END = "end"  # the file is read: sha256 of its bytes, empty where it was not read in one go

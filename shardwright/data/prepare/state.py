@@ -6,6 +6,7 @@ folder is of no more use.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ import numpy as np
 
 from shardwright import __version__
 from shardwright.config import ConfigError
-from shardwright.data.manifest import Manifest, write_atomic
+from shardwright.data.manifest import Manifest, ShardError, write_atomic
 from shardwright.data.prepare.inputs import InputFile, format_of, is_remote, list_inputs
 from shardwright.data.prepare.options import PrepareConfig
 from shardwright.data.prepare.units import SPLITS, Job, read_part
@@ -30,14 +31,22 @@ from shardwright.log import get_logger
 WORK = ".prepare"
 SKIPPED = "skipped.jsonl"
 WORTH_KEEPING = 32  # finished units (of 2 MiB) from which unfinished work is not dropped for another recipe
+HASHED_BYTES = 2**30  # what a second run reads at most of files that seem as they were
 RECIPE = 1  # rises when the same recipe gives other bytes than before
 
 
 def find_finished(output: Path, config: PrepareConfig) -> Manifest | None:
-    """The manifest at `output` if this recipe and input made it; ConfigError if others did; None if there is none."""
+    """The manifest at `output` if this recipe and input made it; ConfigError if others did; None if there is none.
+
+    None too where files that it names are missing or altered: the work folder is then there to make them again.
+    """
     if not (output / "manifest.json").exists():
         return None
-    manifest = Manifest.load(output)
+    try:
+        manifest = Manifest.load(output)
+    except ShardError as error:
+        what = str(error).rpartition(";")[0]
+        raise ConfigError(f"{what}; delete the folder to prepare it again, or choose another output=") from None
     if not isinstance(manifest.recipe, dict) or "tokenizer" not in manifest.recipe:
         raise ConfigError(f"{output}: holds shards that prepare did not write; choose another output=")
     mine, theirs = flatten(config.recipe()), flatten(manifest.recipe)
@@ -47,6 +56,14 @@ def find_finished(output: Path, config: PrepareConfig) -> Manifest | None:
     reason = _input_change(config, manifest, output)
     if reason:
         raise ConfigError(f"{output}: is prepared from other input ({reason}); choose another output= or delete it")
+    damage = _damage(output, manifest)
+    if damage:
+        get_logger().warning(f"{damage}; preparing {output} again")
+        try:
+            (output / WORK).mkdir(exist_ok=True)  # by which the folder is known as one that prepare wrote
+        except OSError as error:
+            raise ConfigError(f"output={output}: cannot be written: {error.strerror}") from None
+        return None
     shutil.rmtree(output / WORK, ignore_errors=True)  # left by a kill in the last moment
     return manifest
 
@@ -55,25 +72,72 @@ def _difference(key: str, old: dict[str, Any], new: dict[str, Any]) -> str:
     return f"is of another recipe ({key} was {old.get(key)!r}, now {new[key]!r})"
 
 
+def _damage(output: Path, manifest: Manifest) -> str | None:
+    """Which file of a finished output is not as its manifest says: by size, and by hash up to HASHED_BYTES in all."""
+    infos = [info for split in manifest.splits.values() for info in split.shards]
+    named: list[tuple[str, int | None, str]] = [(info.path, info.bytes, info.sha256) for info in infos]
+    named += [(info.index, None, info.index_sha256) for info in infos]
+    named.append((manifest.tokenizer["file"], None, manifest.tokenizer["sha256"]))
+    is_small = sum(info.bytes for info in infos) <= HASHED_BYTES
+    if not is_small:
+        get_logger().info(f"{output}: shards over 1 GiB are held against the manifest by size alone")
+    for name, size, sha256 in named:
+        path = output / name
+        if not path.is_file():
+            return f"{path}: is missing"
+        if size is not None and path.stat().st_size != size:
+            return f"{path}: has {path.stat().st_size} bytes, expected {size}"
+        if is_small and _sha256(path) != sha256:
+            return f"{path}: is altered"
+    return None
+
+
 def _input_change(config: PrepareConfig, manifest: Manifest, output: Path) -> str | None:
     """What differs between the input now and then; input that is gone, or remote, is believed by its name."""
-    source = manifest.source
-    if any(is_remote(item) for item in config.input):
-        return None if config.input == manifest.recipe["input"] else "input= names others"
+    source, newest = manifest.source, (output / "manifest.json").stat().st_mtime_ns
     path = config.tokenizer.path
     if path is not None and Path(path).exists() and source.get("tokenizer") != files_of(path):
         return f"{path} has changed"
+    is_same = config.recipe()["input"] == manifest.recipe["input"]
+    return _changed_file(config.input, source["files"], output, newest, is_same) or _changed_file(
+        config.filters.decontaminate, source.get("evaluation", []), None, newest, True
+    )
+
+
+def _changed_file(
+    named: list[str], then: list[dict[str, Any]], output: Path | None, newest: int, is_same: bool
+) -> str | None:
+    """The first file behind `named` that is not as the manifest says; `newest`: when that was written, in ns.
+
+    Names and sizes are compared, and hashes as far as HASHED_BYTES go; beyond, those of files changed since.
+    """
+    otherwise = None if is_same else "input= names others"
+    if any(is_remote(item) for item in named):
+        return otherwise
     try:
-        files = list_inputs(config.input, output)
+        files = list_inputs(named, output)
     except ConfigError:
-        return None if config.input == manifest.recipe["input"] else "input= names others"
-    pairs = zip_longest(((f["name"], f["bytes"]) for f in source["files"]), ((f.name, f.size) for f in files))
-    changed = [f"{_file_words(then)} then, {_file_words(now)} now" for then, now in pairs if then != now]
-    return changed[0] if changed else None
+        return otherwise
+    is_small = sum(file.size or 0 for file in files) <= HASHED_BYTES
+    if not is_small:
+        get_logger().info("input over 1 GiB: files not changed since are compared by name and size alone")
+    for old, new in zip_longest(then, files):
+        if old is None or new is None or (old["name"], old.get("bytes", new.size)) != (new.name, new.size):
+            return f"{_file_words(old)} then, {_file_words(new and new._asdict() | {'bytes': new.size})} now"
+        if old["sha256"] and (is_small or (new.changed or 0) >= newest) and old["sha256"] != _sha256(new.location):
+            return f"{new.shown} has changed"
+    return None
 
 
-def _file_words(file: tuple[str, int | None] | None) -> str:
-    return "nothing" if file is None else f"{file[0]} of {file[1]} bytes"
+def _sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file_words(file: dict[str, Any] | None) -> str:
+    if file is None:
+        return "nothing"
+    return f"{file['name']} of {file['bytes']} bytes" if "bytes" in file else file["name"]
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -183,6 +247,7 @@ def publish(work: Path, output: Path, tokenizer: Tokenizer) -> Manifest:
 
     Its manifest says that it is complete. Killed in between, the next run comes here again and moves the rest.
     """
+    (output / "manifest.json").unlink(missing_ok=True)  # of a folder whose damage is being repaired
     for split in SPLITS:
         if (work / "shards" / split).is_dir():
             shutil.rmtree(output / split, ignore_errors=True)  # of an attempt whose input has changed since

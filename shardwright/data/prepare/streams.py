@@ -11,17 +11,24 @@ import gzip
 import hashlib
 import io
 import lzma
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from shardwright.config import ConfigError, RunError
 from shardwright.data.prepare.records import BrokenInput
 
-MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\x00": "xz", b"BZh": "bz2"}
+MAGIC = {
+    "gzip": re.compile(rb"\x1f\x8b"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # a frame with data, or one to skip
+    "xz": re.compile(rb"\xfd7zXZ\x00"),
+    "bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),  # a block, or the end: text may well begin with BZh
+}
 BUFFER = 1 << 20
+T = TypeVar("T")
 RETRIES = 6
 
 
@@ -75,22 +82,50 @@ class RemoteFile(io.RawIOBase):
     def _retry(self, action: Callable[[Any], Any]) -> Any:
         import fsspec
 
-        for attempt in range(RETRIES):
+        def act() -> Any:
             try:
                 if self._file is None:
                     self._file = fsspec.open(self._url, "rb").open()
                     self._file.seek(self._position)
                 return action(self._file)
-            except FileNotFoundError:
-                raise ConfigError(f"{self._url}: there is nothing at this URL") from None
-            except Exception as error:  # each protocol has exceptions of its own
+            except Exception as error:
                 self._file = None
-                if attempt + 1 == RETRIES:
-                    raise RunError(
-                        f"{self._url}: reading failed {RETRIES} times at byte {self._position} "
-                        f"({type(error).__name__}: {error}); run again to go on"
-                    ) from None
-                time.sleep(0.1 * 2**attempt)
+                if isinstance(error, ValueError):  # fsspec's word for a server that cannot begin in the middle
+                    raise OSError(str(error)) from None
+                raise
+
+        return insist(self._url, lambda: f"reading failed {RETRIES} times at byte {self._position}", act)
+
+
+def insist(url: str, failed: Callable[[], str], action: Callable[[], T]) -> T:
+    """The result of `action`, which reaches for `url`, tried again on any failure that may pass.
+
+    ConfigError where there is nothing, RunError where the server refuses or the failure does not pass; `failed` says
+    what did not work. ImportError and ValueError (a URL that is none) go through.
+    """
+    for attempt in range(RETRIES):
+        try:
+            return action()
+        except (ImportError, ValueError):
+            raise
+        except Exception as error:  # each protocol has exceptions of its own
+            cause = _cause(error)
+        status = getattr(cause, "status", None)
+        if isinstance(cause, FileNotFoundError) or status in (404, 410):
+            raise ConfigError(f"{url}: there is nothing at this URL") from None
+        reason = f"{type(cause).__name__}: {cause}" if status is None else f"HTTP {status}"
+        if isinstance(cause, PermissionError) or (status in range(400, 500) and status not in (408, 425, 429)):
+            raise RunError(f"{url}: the server refuses it ({reason}); check the address and your access to it")
+        if attempt + 1 < RETRIES:
+            time.sleep(0.1 * 2**attempt)
+    raise RunError(f"{url}: {failed()} ({reason}); run again to go on")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What an exception came from: fsspec calls every failure of HTTP a missing file."""
+    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def open_raw(location: str) -> io.RawIOBase:
@@ -106,8 +141,8 @@ def open_raw(location: str) -> io.RawIOBase:
 def uncompress(stream: io.BufferedReader) -> io.BufferedReader:
     """The stream without its compression, of which there may be several layers."""
     while True:
-        head = stream.peek(6)[:6]
-        kind = next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
+        head = stream.peek(10)[:10]
+        kind = next((name for name, magic in MAGIC.items() if magic.match(head)), None)
         if kind is None:
             return stream
         opened: Any

@@ -120,7 +120,7 @@ def extract(record: Record, field: str) -> str | None:
     return value
 
 
-def _page(data: tuple[bytes, str]) -> str | None:
+def _page(data: tuple[bytes, str, str]) -> str | None:
     try:
         return page_text(*data)
     except ConfigError:

@@ -45,6 +45,22 @@ def train_tokenizer(texts: Texts, options: TokenizerOptions) -> Tokenizer:
     return Tokenizer.from_json(library.to_str(), end or (usual if usual in special else special[0]))
 
 
+def check_pattern(pattern: str | None) -> None:
+    """ConfigError for a pattern that is neither a name nor an expression that the library can read."""
+    if pattern is None or pattern in PATTERNS:
+        return
+    from tokenizers import Regex, pre_tokenizers
+
+    try:
+        pre_tokenizers.Split(Regex(pattern), "isolated")
+    except Exception as error:  # the library raises plain Exception
+        reason = str(error).splitlines()[0]
+        known = ", ".join(PATTERNS)
+        raise ConfigError(
+            f"tokenizer.pattern={pattern!r}: is no expression ({reason}); expected {known}, or an expression"
+        ) from None
+
+
 def _train_bpe(texts: Texts, options: TokenizerOptions, special: list[str]) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.data.prepare.dedup import exact_duplicates, fingerprint, near_duplicates, signature
+from shardwright.config import ConfigError
+from shardwright.data.prepare.dedup import check_dedup, exact_duplicates, fingerprint, near_duplicates, signature
 from shardwright.data.prepare.options import DedupOptions
 from shardwright.data.prepare.words import shingles, word_hashes
 
@@ -63,3 +65,10 @@ def test_seed_changes_the_signature_and_nothing_else_does(english):
     options = DedupOptions(near=True)
     assert np.array_equal(signature(english[0], options, 1), signature(english[0], options, 1))
     assert not np.array_equal(signature(english[0], options, 1), signature(english[0], options, 2))
+
+
+def test_impossible_numbers_are_named():
+    check_dedup(DedupOptions(near=True))
+    check_dedup(DedupOptions(threshold=1.0))  # near-duplicates are not asked for
+    with pytest.raises(ConfigError, match="dedup.threshold=0.95 with dedup.permutations=16: MinHash cannot find"):
+        check_dedup(DedupOptions(near=True, threshold=0.95, permutations=16))

@@ -83,9 +83,9 @@ def test_decontamination(tmp_path, request, language):
     path.write_text(json.dumps({"question": "What is it?", "choices": [snippet, "short"]}))
     filters = {"decontaminate": [str(path)], "decontaminate_words": words}
     options = PrepareConfig(input=["x"], output="y", filters=filters)
-    hashes: dict[str, str] = {}
-    runs = contamination_of(list_inputs([str(path)]), options, hashes)
-    assert len(runs) and list(hashes) == ["test.jsonl"]
+    facts: list[dict[str, str]] = []
+    runs = contamination_of(list_inputs([str(path)]), options, facts)
+    assert len(runs) and [fact["name"] for fact in facts] == ["test.jsonl"]
     chosen, counts = Filters(options.filters, runs), Counter()
     left = [text for text in texts if chosen.keep(text, counts)]
     assert texts[3] not in left and counts["contamination"] == len(texts) - len(left) <= 2
@@ -99,3 +99,19 @@ def test_words_are_letters_and_single_ideographs():
     assert len(shingles(word_hashes("a b c"), 5)) == 1
     assert len(shingles(word_hashes("a b a b a b"), 2)) == 2
     assert len(shingles(word_hashes(""), 5)) == 0
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_evaluation_tables_count_with_all_their_strings(tmp_path, english, ending):
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    path = tmp_path / f"test.{ending}"
+    table = pyarrow.table({"n": [1], "question": ["What is it?"], "answer": [english[3][20:220]]})
+    pyarrow.csv.write_csv(table, path) if ending == "csv" else pyarrow.parquet.write_table(table, path)
+    filters = {"decontaminate": [str(path)]}
+    options = PrepareConfig(input=["x"], output="y", format="jsonl", filters=filters)
+    facts: list[dict[str, str]] = []
+    chosen = Filters(options.filters, contamination_of(list_inputs([str(path)]), options, facts))
+    assert facts[0]["name"] == f"test.{ending}" and len(facts[0]["sha256"]) == 64
+    assert not chosen.keep(english[3], Counter()) and chosen.keep(english[5], Counter())

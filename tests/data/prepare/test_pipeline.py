@@ -96,7 +96,7 @@ def test_every_record_is_accounted_for(tmp_path, english, poems):
     assert counts["records"] == len(lines) == counts["documents"] + left_out
     (skipped,) = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
     assert json.loads(skipped) == {
-        "file": "a.jsonl",
+        "file": str(path),
         "where": "line 25",
         "reason": "no field 'text'; it has body: say text_field=",
     }
@@ -138,7 +138,7 @@ def test_broken_input_is_fatal_with_file_line_and_remedy(tmp_path, jsonl, poems,
     with pytest.raises(ConfigError) as error:
         run(tmp_path, tmp_path / "out", workers=workers)
     assert str(error.value) == (
-        "b.jsonl: line 2: field 'text' is of type int, expected text "
+        f"{tmp_path}/b.jsonl: line 2: field 'text' is of type int, expected text "
         "(or leave such input out, counted, with on_error=skip)"
     )
 

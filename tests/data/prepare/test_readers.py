@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +19,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from shardwright.config import ConfigError
+from shardwright.config import ConfigError, RunError
+from shardwright.data.prepare import PrepareConfig, prepare, streams
+from shardwright.data.prepare.inputs import list_inputs
 from shardwright.data.prepare.records import BROKEN, END, JSON
 from shardwright.data.prepare.units import BrokenRecord, extract
 
@@ -180,6 +183,24 @@ def test_broken_csv(tmp_path, read):
     assert faults(read(path)) == [("line 1", "no column 'text'; it has id, body: say text_field=")]
 
 
+def test_rows_of_other_length_and_open_quotes(tmp_path, read):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'id,text\n1,fine\n2,a, b\n\n3,"open\n4,fine\n5,fine\n')
+    records = read(path)
+    found = dict(faults(records))
+    assert texts(records) == ["fine"] and list(found) == ["line 3", "line 5"]
+    assert found["line 3"] == "3 columns, expected 2 as in the header" and "not valid CSV" in found["line 5"]
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path, read):
+    path = tmp_path / "a.parquet"
+    data = pyarrow.array([b"fine", b"caf\xe9", b"fine"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": data}), path)
+    records = read(path)
+    assert faults(records) == [("row 2", "not valid UTF-8: 0xe9 at byte 4 of the text; convert it to UTF-8")]
+    assert texts(records) == ["fine", "fine"]
+
+
 def test_broken_parquet(tmp_path, read, english):
     path = tmp_path / "a.parquet"
     path.write_bytes(as_bytes(".parquet", english[:2])[:-50])
@@ -233,6 +254,72 @@ def test_openwebtext_is_tars_in_a_tar(tmp_path, read, english):
     assert "subset3_data.xz" in where and "cut off" in reason
 
 
+@pytest.mark.parametrize("damage", ["cut at a header", "cut in a header", "header", "zeroed header", "cut in a member"])
+def test_a_tar_that_does_not_end_as_it_should(tmp_path, read, poems, damage):
+    data = bytearray(tar_of({f"{n}.txt": poems[n].encode() for n in range(4)}))
+    if damage.startswith("cut"):
+        del data[{"cut at a header": 2048, "cut in a header": 2300, "cut in a member": 2600}[damage] :]
+    elif damage == "header":
+        data[2048 + 150] ^= 1
+    else:
+        data[2048:2560] = bytes(512)
+    path = tmp_path / "a.tar"
+    path.write_bytes(data)
+    records = read(path)
+    assert texts(records) == poems[:2]
+    ((where, reason),) = faults(records)
+    assert where == ("2.txt: start" if damage == "cut in a member" else "1.txt: start")
+    assert "the tar is cut off or damaged" in reason
+
+
+def test_pickles_in_a_tar_are_refused_by_name(tmp_path, read):
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_of({"a.txt": b"fine", "x/b.PKL": b"", "c.pth": b"x", "d.txt": b"fine"}))
+    records = read(path)
+    reason = "is a pickle, which can run code when read; take it out of the tar"
+    assert faults(records) == [("x/b.PKL", reason), ("c.pth", reason)] and texts(records) == ["fine"] * 2
+
+
+def test_names_that_are_not_utf8(tmp_path, read):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"fine")
+    (tmp_path / "in" / "b.tar").write_bytes(tar_of({os.fsdecode(b"na\xefve.txt"): b"\xff"}))
+    names = [(file.name, file.shown) for file in list_inputs([str(tmp_path / "in")])]
+    assert names[1] == ("caf\\udce9.txt", f"{tmp_path}/in/caf\\udce9.txt")
+    config = PrepareConfig(
+        input=[str(tmp_path / "in")], output=str(tmp_path / "out"), on_error="skip", workers=1, validation_every=0,
+        tokenizer={"vocab_size": 300},
+    )  # fmt: skip
+    manifest = prepare(config, progress=False)
+    assert [file["name"] for file in manifest.source["files"]] == ["b.tar", "caf\\udce9.txt"]
+    (skipped,) = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(skipped)["where"] == "na\\udcefve.txt: line 1"
+    typed = config.model_copy(update={"input": [os.fsdecode(bytes(tmp_path) + b"/in/caf\xe9.txt")]})
+    typed = typed.model_copy(update={"output": os.fsdecode(bytes(tmp_path) + b"/\xff")})
+    assert prepare(typed, progress=False).recipe["input"] == [f"{tmp_path}/in/caf\\udce9.txt"]
+    prepare(typed, progress=False)
+
+
+def test_reports_name_the_path(tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text('{"text": "fine"}\n' if name == "x" else "broken\n")
+    config = PrepareConfig(input=[str(tmp_path / n / "a.jsonl") for n in "xy"], output=str(tmp_path / "out"), workers=1)
+    with pytest.raises(ConfigError, match="y/a.jsonl: line 1: not valid JSON"):
+        prepare(config, progress=False)
+
+
+def test_zstd_frames_to_skip_and_text_like_bz2(tmp_path, read, english):
+    skip = b"\x5a\x2a\x4d\x18\x03\x00\x00\x00abc"
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(skip + zstandard.compress(as_bytes(".jsonl", english[:2])) + skip)
+    assert texts(read(path)) == english[:2]
+    (tmp_path / "a.txt").write_bytes(b"BZh is how bzip2 begins, BZh9 too")
+    assert texts(read(tmp_path / "a.txt")) == ["BZh is how bzip2 begins, BZh9 too"]
+    (tmp_path / "b.txt").write_bytes(bz2.compress(b""))
+    assert faults(read(tmp_path / "b.txt")) == [("start", "the file is empty; remove it")]
+
+
 def warc_of(pages, kind="response"):
     from warcio.statusandheaders import StatusAndHeaders
     from warcio.warcwriter import WARCWriter
@@ -259,6 +346,36 @@ def test_warc_pages_become_text(tmp_path, read, english):
     path.write_bytes(warc_of([("text/html; charset=utf-8", page), ("image/png", b"\x89PNG"), ("text/html", page)]))
     found = texts(read(path))
     assert len(found) == 2 and all(story[:200] in text and "Home" not in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("charset", "codec", "story"),
+    [
+        ("gb2312", "gbk", "京剧是中国的国粹之一，流传已久。"),
+        ('"Shift_JIS"', "cp932", "これは日本語の文章です。今日は天気がいい。"),
+        ("windows-1251", "cp1251", "Это обычный русский текст."),
+        ("ISO-8859-1", "cp1252", "Le café – fermé déjà."),
+        ("iso-8859-1", "utf-8", "Le café – fermé déjà."),
+        ("utf-16", "utf-16", "Plain enough, this story."),
+        ("none-such", "utf-8", "Le café – fermé déjà."),
+    ],
+)
+def test_warc_pages_are_read_by_the_servers_charset(tmp_path, read, charset, codec, story):
+    page = PAGE.format(f"<p>{story * 9}</p>").encode(codec)
+    path = tmp_path / "a.warc.gz"
+    path.write_bytes(warc_of([(f"text/html; Charset={charset}", page)]))
+    (found,) = texts(read(path))
+    assert story * 9 in found
+
+
+def test_a_warc_length_that_is_no_number(tmp_path, read):
+    path = tmp_path / "a.wet"
+    head = b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: %s\r\n\r\n"
+    path.write_bytes(head % b"5" + b"hello\r\n\r\n" + head % b"abc" + b"hello\r\n\r\n")
+    records = read(path)
+    ((where, reason),) = faults(records)
+    assert where == "record 2" and "its Content-Length is 'abc', expected a number" in reason
+    assert texts(records) == ["hello"]
 
 
 def test_wet_texts(tmp_path, read, english):
@@ -299,6 +416,14 @@ def test_hugging_face_datasets(tmp_path, read, english):
 
     datasets.Dataset.from_dict({"text": english[:3]}).save_to_disk(str(tmp_path / "saved"))
     assert texts(read(f"hf:{tmp_path / 'saved'}")) == english[:3]
+    with pytest.raises(ConfigError, match=r"save_to_disk wrote; give it as hf:.*saved"):
+        read(tmp_path / "saved")
+    datasets.DatasetDict({"train": datasets.load_from_disk(str(tmp_path / "saved"))}).save_to_disk(tmp_path / "both")
+    with pytest.raises(ConfigError, match=r"hf:.*both: has no split 'test'; it has train: say hf:.*both::SPLIT"):
+        read(f"hf:{tmp_path / 'both'}::test")
+    assert texts(read(f"hf:{tmp_path / 'both'}")) == english[:3]
+    with pytest.raises(ConfigError, match="both: is a data set that Hugging Face's save_to_disk wrote"):
+        read(tmp_path / "both")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "train.jsonl").write_bytes(as_bytes(".jsonl", english[:3]))
     assert texts(read(f"hf:{tmp_path / 'folder'}")) == english[:3]
@@ -360,3 +485,55 @@ def test_connections_that_drop_are_opened_again(read, english):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def serve():
+    """Base URL of a server that answers with the given statuses, one a request, and then with data (None: hangs up)."""
+    servers = []
+
+    def start(data, statuses):
+        left = list(statuses)
+
+        class Answering(BaseHTTPRequestHandler):
+            def do_GET(self):  # noqa: N802
+                status = left.pop(0) if left else 200
+                if status is not None:
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(data)) if status == 200 else "0")
+                    self.send_header("Accept-Ranges", "none")
+                    self.end_headers()
+                if status == 200 and self.command == "GET":
+                    self.wfile.write(data)
+
+            do_HEAD = do_GET  # noqa: N815
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("statuses", [[500] * 4, [None] * 4, [429, 503, 200, 500, 500]])
+def test_passing_trouble_of_a_server_is_waited_for(read, serve, english, statuses):
+    assert texts(read(serve(as_bytes(".jsonl", english[:2]), statuses) + "/a.jsonl")) == english[:2]
+
+
+def test_lasting_trouble_of_a_server_is_told_apart(read, serve, monkeypatch):
+    monkeypatch.setattr(streams, "RETRIES", 2)
+    with pytest.raises(RunError, match=r"a.jsonl: the server refuses it \(HTTP 403\)"):
+        read(serve(b"", [403] * 9) + "/a.jsonl")
+    with pytest.raises(RunError, match=r"a.jsonl: cannot be reached \(HTTP 500\); run again"):
+        read(serve(b"", [500] * 9) + "/a.jsonl")
+    with pytest.raises(ConfigError, match="a.jsonl: there is nothing at this URL"):
+        read(serve(b"", [404] * 9) + "/a.jsonl")
+    with pytest.raises(RunError, match=r"cannot be reached \(ClientConnectorError"):
+        read("http://127.0.0.1:9/a.jsonl")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,3 +249,74 @@ def test_foreign_output_is_left_alone(tmp_path, jsonl, poems):
         run(path, tmp_path / "out")
     with pytest.raises(ConfigError, match="expected a local folder"):
         run(path, "s3://bucket/x")
+
+
+def test_changed_files_of_the_same_size_are_noticed(tmp_path, jsonl, poems):
+    path = jsonl(tmp_path / "a.jsonl", poems[:50])
+    evaluation = jsonl(tmp_path / "test.jsonl", ["What is it? " * 9])
+    filters = {"decontaminate": [str(evaluation)]}
+    run(path, tmp_path / "out", filters=filters)
+    run(path, tmp_path / "out", filters=filters)
+    was = evaluation.read_text()
+    evaluation.write_text(was.replace("What", "That"))
+    with pytest.raises(ConfigError, match=r"from other input \(.*test.jsonl has changed"):
+        run(path, tmp_path / "out", filters=filters)
+    evaluation.write_text(was)
+    path.write_text(path.read_text().replace(poems[0][0], poems[1][0]))
+    with pytest.raises(ConfigError, match=r"from other input \(.*a.jsonl has changed"):
+        run(path, tmp_path / "out", filters=filters)
+
+
+def test_above_the_limit_only_younger_files_are_hashed(tmp_path, jsonl, poems, monkeypatch):
+    monkeypatch.setattr(state, "HASHED_BYTES", 10)
+    path = jsonl(tmp_path / "a.jsonl", poems[:50])
+    run(path, tmp_path / "out")
+    run(path, tmp_path / "out")
+    path.write_text(path.read_text().replace(poems[0][0], poems[1][0]))
+    with pytest.raises(ConfigError, match="a.jsonl has changed"):
+        run(path, tmp_path / "out")
+    os.utime(path, (0, 0))
+    run(path, tmp_path / "out")
+
+
+def test_parquet_input_is_hashed_too(tmp_path, poems):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": poems[:50]}), path)
+    (file,) = run(path, tmp_path / "out").source["files"]
+    assert file["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut", "altered", "index", "tokenizer"])
+def test_a_damaged_output_is_made_again(tmp_path, jsonl, poems, digests, damage):
+    path, output = jsonl(tmp_path / "a.jsonl", poems[:50]), tmp_path / "out"
+    run(path, output)
+    whole = digests(output)
+    shard = output / "train" / "000" / "00000.tar"
+    if damage == "deleted":
+        shutil.rmtree(output / "validation")
+    elif damage in ("cut", "altered"):
+        shard.chmod(0o644)
+        data = bytearray(shard.read_bytes())
+        data[600] ^= 1
+        shard.write_bytes(data[:-1] if damage == "cut" else data)
+    else:
+        (shard.with_suffix(".idx") if damage == "index" else output / "tokenizer.json").unlink()
+    assert digests(output) != whole
+    moved = path.rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="a.jsonl: no such file"):
+        run(path, output)  # and nothing of the rest is lost
+    assert (output / "manifest.json").exists()
+    moved.rename(path)
+    run(path, output)
+    assert digests(output) == whole
+
+
+def test_a_manifest_that_is_none_is_refused(tmp_path, jsonl, poems):
+    path = jsonl(tmp_path / "a.jsonl", poems[:50])
+    run(path, tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").write_text("{")
+    with pytest.raises(ConfigError, match="not a shard manifest.*; delete the folder to prepare it again"):
+        run(path, tmp_path / "out")

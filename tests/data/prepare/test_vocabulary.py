@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from shardwright.config import ConfigError
 from shardwright.data.prepare.options import TokenizerOptions
-from shardwright.data.prepare.vocabulary import train_tokenizer
+from shardwright.data.prepare.vocabulary import check_pattern, train_tokenizer
 from shardwright.data.tokenizers import Tokenizer
 
 SCRIPT = """
@@ -101,3 +101,9 @@ def test_special_tokens_and_end_of_document(english):
 def test_impossible_vocabularies(options, message):
     with pytest.raises(ConfigError, match=message):
         train_tokenizer(lambda: ["a"], TokenizerOptions(**options))
+
+
+def test_a_pattern_that_is_no_expression():
+    check_pattern(None), check_pattern("cl100k"), check_pattern(r"\w+|\s")
+    with pytest.raises(ConfigError, match=r"tokenizer.pattern='\(a': is no expression"):
+        check_pattern("(a")
