@@ -21,6 +21,7 @@ class Position:
     elapsed: float = 0.0  # seconds of training, over all starts
     startup: float = 0.0  # of these, until the first step was done: building and compiling
     interventions: int = 0  # skips and roll-backs so far
+    done: bool = False  # the run has had its whole length; under a budget the clock alone could not say so again
     progress: dict[str, Any] = field(default_factory=dict)  # of train.schedule.Progress
 
     def state(self) -> dict[str, Any]:

@@ -219,7 +219,9 @@ class Run:
             self._save()
 
     def _is_done(self) -> bool:
-        return self.course.is_done(self.position, self.clock.step_seconds)
+        position = self.position
+        position.done = position.done or self.course.is_done(position, self.clock.step_seconds)
+        return position.done
 
     # ------------------------------------------------------------------------------------------ verdicts
 

@@ -245,6 +245,7 @@ def test_a_wall_clock_budget_ends_with_the_rate_at_its_floor(tiny):
     assert 0.5 < records[-1]["progress"] <= 1.0
     share = 1 / len(records)
     assert records[-1]["lr"] <= max(r["lr"] for r in records) * max(10 * share, 0.01)
+    assert train(config).step == records[-1]["step"], "a finished run takes no further step"
 
 
 def test_a_killed_budget_replays_the_positions_that_it_had(tiny, tmp_path):
