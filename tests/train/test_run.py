@@ -384,7 +384,6 @@ def test_a_flipped_byte_falls_back_to_the_checkpoint_before(tiny, caplog):
     assert losses(config.run) == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc").exists(), reason="needs a file system with permissions")
 def test_a_run_folder_that_cannot_be_made(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
