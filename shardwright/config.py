@@ -12,12 +12,12 @@ import copy
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from yaml.composer import ComposerError
 
 from shardwright.mistakes import describe
 
@@ -51,6 +51,14 @@ def free(default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"role": "free"}, **limits)
 
 
+def parse_duration(text: str) -> float:
+    """Seconds in 90s, 10m, 24h or 3d."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip())
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"{text!r} is not a duration such as 90s, 10m, 24h or 3d")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
 class ModelConfig(Strict):
     """What every family shares; each family subclasses it in its own file."""
 
@@ -76,6 +84,8 @@ class DataConfig(Strict):
 
     path: str | None = free(None, "Prepared folder or URL; short for one source")
     corpus: list[str] = meaning([], "sha256 of each source's manifest; filled in at the start, checked where given")
+    tokenizer: str | None = meaning(None, "sha256 of the tokenizer; filled in at the start, checked where given")
+    end_of_document: int | None = meaning(None, "Id of the token that ends a document; as `tokenizer`", ge=0)
     sources: list[SourceConfig] = meaning([], "Several prepared folders, mixed by weight")
     sequence_length: int = meaning(512, "Tokens of one training sequence", ge=2)
     lanes: int = meaning(64, "Independent reading positions the order is made of", ge=1)
@@ -83,11 +93,15 @@ class DataConfig(Strict):
     mask_documents: bool = meaning(True, "Attention does not cross documents")
     reset_positions: bool = meaning(True, "Positions restart at each document")
     cross_document_targets: bool = meaning(True, "An end of document predicts the first token of the next one")
-    workers: int | Literal["thread"] = free("thread", "Loader processes, or one prefetch thread; 0 reads in line")
+    workers: Annotated[int, Field(ge=0)] | Literal["thread"] = free(
+        "thread", "Loader processes, or one prefetch thread; 0 reads in line"
+    )
     prefetch: int = free(2, "Steps read ahead", ge=1)
     cache: str | None = free(None, "Folder for shards fetched from URLs; default under the user's cache folder")
     cache_gib: float = free(20.0, "Most that the shard cache may hold", gt=0)
-    allow: list[str] = free([], "Shard kinds that run code, refused unless named: 'pipe', 'pickle'")
+    allow: list[Literal["pipe", "pickle"]] = free(
+        [], "Shard kinds that run code, refused unless named: 'pipe', 'pickle'"
+    )
 
     @model_validator(mode="after")
     def _one_way_to_name_it(self) -> DataConfig:
@@ -131,13 +145,14 @@ class TrainConfig(Strict):
     budget: str | None = meaning(None, "Length of the run in wall-clock time: 90s, 10m, 24h, 3d")
     seed: int = meaning(0, "Seed of weights, data order and dropout", ge=0, lt=2**63)
     clip: float | None = meaning(1.0, "Largest gradient norm; null does not clip", gt=0)
-    recompute: Literal["none", "full", "selective"] | int = free(
+    recompute: Literal["none", "full", "selective"] | Annotated[int, Field(ge=1)] = free(
         "none", "Activation checkpointing: none, full, selective, or every n-th layer"
     )
     compile: bool | Literal["auto"] = free("auto", "torch.compile of each block; auto where a compiler is found")
     deterministic: bool = free(False, "Deterministic kernels, slower where it matters")
     device: Literal["auto", "cpu", "cuda"] = free("auto", "Where to train")
-    threads: int | None = free(None, "CPU threads of a process; null takes every core it may use", ge=1)
+    offload_activations: bool = free(False, "Keep what the backward pass needs in host memory")
+    threads: int | None = free(None, "CPU threads of a process; null takes every core it may use", ge=1, le=1024)
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -145,8 +160,6 @@ class TrainConfig(Strict):
             raise ValueError("give the length of the run once: steps, tokens or budget")
         if self.budget is not None:
             parse_duration(self.budget)
-        if isinstance(self.recompute, int) and self.recompute < 1:
-            raise ValueError("recompute as a number is every n-th layer, at least 1")
         return self
 
 
@@ -171,7 +184,7 @@ class PrecisionConfig(Strict):
 class OptimizerConfig(Strict):
     """The rule that turns gradients into updates."""
 
-    name: Literal["adamw", "adam", "sgd", "adafactor", "muon"] = meaning("adamw", "Update rule")
+    name: Literal["adamw", "adam", "sgd", "adafactor", "lamb", "muon"] = meaning("adamw", "Update rule")
     lr: float = meaning(3e-4, "Peak learning rate", gt=0)
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = meaning(
         [0.9, 0.95], "Decay of the first and second moment", min_length=2, max_length=2
@@ -195,6 +208,32 @@ class ScheduleConfig(Strict):
     floor: float = meaning(0.1, "Last factor, as a share of the peak", ge=0, le=1)
     decay: float = meaning(0.2, "Fraction of the run over which wsd anneals", gt=0, le=1)
     decay_shape: Literal["linear", "cosine", "sqrt"] = meaning("linear", "Shape of wsd's annealing")
+
+
+Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
+
+
+class ParallelConfig(Strict):
+    """`parallel`: how the run is spread over processes. No part of the result."""
+
+    data: int | None = free(None, "Data-parallel copies; null is what the other degrees leave of the world", ge=1)
+    zero: Literal[0, 1, 2, 3] = free(1, "ZeRO stage: shard nothing, the optimizer, gradients too, parameters too")
+    shard: int | None = free(None, "Data ranks that share one sharded copy (hybrid sharding); null is all", ge=1)
+    tensor: int = free(1, "Ranks that share each matrix", ge=1)
+    sequence: bool = free(True, "Tensor ranks keep a slice of the sequence between matrices")
+    context: int = free(1, "Ranks that share each sequence", ge=1)
+    pipeline: int = free(1, "Ranks that share the layers", ge=1)
+    schedule: Schedule = free("1f1b", "Order of forward and backward passes in the pipeline")
+    stages: int | None = free(None, "Pipeline stages of a rank; null is 2 where the schedule interleaves, else 1", ge=1)
+    offload: bool = free(False, "Keep float32 masters, gradients and optimizer in host memory")
+    check_tied: int = free(100, "Steps between checks that tied copies are equal, where a pipeline parts them", ge=1)
+    timeout: str = free("10m", "Longest wait for another rank: 90s, 10m, 1h")
+
+    @field_validator("timeout")
+    @classmethod
+    def _check_timeout(cls, value: str) -> str:
+        parse_duration(value)
+        return value
 
 
 class EvaluateConfig(Strict):
@@ -230,8 +269,17 @@ class LogConfig(Strict):
     every: int = free(10, "Steps between log lines", ge=1)
     tensorboard: bool = free(True, "Write TensorBoard events")
     wandb: str | None = free(None, "Weights & Biases project; null is off")
-    profile: list[int] | None = free(None, "First and last step of a profiler trace", min_length=2, max_length=2)
+    profile: list[Annotated[int, Field(ge=1)]] | None = free(
+        None, "First and last step of a profiler trace", min_length=2, max_length=2
+    )
     measure_peak: bool = free(False, "Measure the GEMM peak where the device is unknown, so that MFU can be given")
+
+    @field_validator("profile")
+    @classmethod
+    def _check_profile(cls, steps: list[int] | None) -> list[int] | None:
+        if steps and steps[0] > steps[1]:
+            raise ValueError(f"got {steps}; expected the first and the last step, in this order")
+        return steps
 
 
 class Config(Strict):
@@ -246,6 +294,7 @@ class Config(Strict):
     precision: PrecisionConfig = PrecisionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
@@ -320,7 +369,7 @@ def parse(schema: type[S], raw: Mapping[str, Any], where: str) -> S:
 def find_config(name: str | Path) -> Path:
     """A config by path, or by name among the configs shipped with the project."""
     given = Path(name)
-    for candidate in (given, given.with_name(given.name + ".yaml")):
+    for candidate in (given, Path(f"{given}.yaml")):
         if candidate.is_file():
             return candidate
     shipped = {str(p.relative_to(folder).with_suffix("")): p for folder in config_folders() for p in _yamls(folder)}
@@ -329,7 +378,10 @@ def find_config(name: str | Path) -> Path:
         return shipped[stem]
     close = difflib.get_close_matches(stem, shipped, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"shipped configs: {', '.join(sorted(shipped))}"
-    raise ConfigError(f"{name}: no such config file; {hint}")
+    if not str(name):
+        raise ConfigError(f"config: is empty; expected a file or a name; {hint}")
+    what = "is a folder, not a config file" if given.is_dir() else "no such config file"
+    raise ConfigError(f"{name}: {what}; {hint}")
 
 
 def config_folders() -> list[Path]:
@@ -343,12 +395,33 @@ def _yamls(folder: Path) -> list[Path]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number, as everyone who writes it means."""
+    """SafeLoader that reads numbers as everyone who writes them means them, and refuses a key that stands twice.
+
+    1e-3 is a number; 010 and 1:30 are none, where YAML 1.1 has octal 8 and 90 seconds; a date stays text.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise ComposerError(problem=f"{key.value!r} stands twice; keep one", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)",
+    "tag:yaml.org,2002:float": r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+|[0-9][0-9_]*\.[0-9_]*"
+    r"|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+}
+_REPLACED = {*_NUMBERS, "tag:yaml.org,2002:timestamp"}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in _REPLACED]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_pattern})$"), list("-+0123456789."))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -377,14 +450,6 @@ def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     return [(k, mine.get(k), theirs.get(k)) for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
 
 
-def parse_duration(text: str) -> float:
-    """Seconds in 90s, 10m, 24h or 3d."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip())
-    if not match or float(match[1]) <= 0:
-        raise ValueError(f"{text!r} is not a duration such as 90s, 10m, 24h or 3d")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-
-
 def _tagged_union(table: Mapping[str, type[Strict]], tag: str) -> Any:
     members = tuple(dict.fromkeys(table.values()))
     return Annotated[Union[members], Field(discriminator=tag)] if len(members) > 1 else members[0]  # noqa: UP007
@@ -397,23 +462,30 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r}: expected key=value, for example train.steps=100")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"{override!r}: the value is not valid YAML; quote it") from None
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "a character that YAML does not have"
+        raise ConfigError(
+            f"{override!r}: the value is not valid YAML: {problem}; put quotes around plain text"
+        ) from None
     *parents, leaf = key.split(".")
-    node = reduce(_descend, parents, raw)
-    if not isinstance(node, dict):
-        raise ConfigError(f"{key}: {'.'.join(parents)} is a single value, not a section")
-    node[leaf] = value
+    node: Any = raw
+    for number, part in enumerate(parents):
+        place = _place(node, part, ".".join(parents[:number]))
+        if isinstance(node, dict) and node.get(place) is None:
+            node[place] = {}
+        node = node[place]
+    node[_place(node, leaf, ".".join(parents))] = value
 
 
-def _descend(node: Any, part: str) -> Any:
+def _place(node: Any, part: str, where: str) -> str | int:
+    """The key or index that `part` of a dotted key means in `node`, which stands at `where`."""
+    if not isinstance(node, dict | list):
+        raise ConfigError(f"{where}.{part}: {where} is a single value, not a section")
     if isinstance(node, list) and part.isdigit() and int(part) < len(node):
-        return node[int(part)]
-    if not isinstance(node, dict):
-        raise ConfigError(f"{part}: its parent is a single value, not a section")
-    if node.get(part) is None:
-        node[part] = {}
-    return node[part]
+        return int(part)
+    if isinstance(node, list) or (where and part.isdigit() and not node):
+        raise ConfigError(f"{where}.{part}: {where} has no entry {part}; give the whole list, as in {where}=[...]")
+    return part
 
 
 def _meanings(section: Strict, prefix: str = "") -> Iterator[tuple[str, Any]]:

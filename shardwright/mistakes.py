@@ -39,10 +39,21 @@ def _one_line(e: Any, key: str, owner: Section | None, unknown: str) -> str:
         tag = e.get("ctx", {}).get("discriminator", "").strip("'")
         named = given.get(tag) if isinstance(given, dict) else given
         return f"{key}.{tag}: got {named!r}, expected one of {allowed}"
+    if kind in ("model_type", "model_attributes_type"):
+        return (
+            f"{key}: got {given!r} ({type(given).__name__}); expected a section of keys{_example(key, owner, unknown)}"
+        )
     message = e["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{key}: {message}"
     return f"{key}: got {given!r} ({type(given).__name__}); {message[0].lower()}{message[1:]}"
+
+
+def _example(key: str, owner: Section | None, name: str) -> str:
+    """`, such as train.steps=...`, from the section that the field `name` holds."""
+    field = owner.model_fields.get(name) if owner else None
+    section = next(_sections(field.annotation), None) if field else None
+    return f", such as {key}.{next(iter(section.model_fields))}=..." if section else ""
 
 
 def _resolve(schema: Section, loc: tuple[int | str, ...]) -> tuple[str, Section | None, str]:
@@ -68,7 +79,7 @@ def _resolve(schema: Section, loc: tuple[int | str, ...]) -> tuple[str, Section 
 
 def _is_type_tag(part: str) -> bool:
     """Pydantic adds the tried member of a plain union to the location: 'int', "literal['auto']", ..."""
-    return part in ("int", "float", "str", "bool") or "[" in part
+    return part.removeprefix("constrained-") in ("int", "float", "str", "bool") or "[" in part
 
 
 def _tags(section: Section) -> tuple[Any, ...]:

@@ -20,6 +20,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.ranks import ranks
+
+__all__ = ["ranks"]
+
 CORPORA = Path(__file__).resolve().parents[1] / "shardwright" / "data" / "bundled"
 NUM_DOCUMENTS = 60
 NUM_CHARACTERS = 1500

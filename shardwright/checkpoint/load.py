@@ -62,6 +62,7 @@ def load(
     tensors: Mapping[str, torch.Tensor],
     *,
     partial_load: bool = False,
+    within: str = "",
     cast: bool = False,
     group: dist.ProcessGroup | None = None,
     alone: bool = False,
@@ -70,9 +71,9 @@ def load(
 
     Logs "restored N of N tensors". `CheckpointError` before anything is touched where a name is missing in the
     checkpoint, where a stored one is asked for by no rank (unless `partial_load`), or where a shape or dtype (unless
-    `cast`) differs. `DamagedError` where bytes do not match their checksums: it names file and tensor, on every rank,
-    and the tensors are then partly filled. Where torch.distributed runs, every rank has to call this; `group` and
-    `alone` as for `save`.
+    `cast`) differs. `within` leaves out of account stored names that do not begin so. `DamagedError` where bytes do not
+    match their checksums: it names file and tensor, on every rank, and the tensors are then partly filled. Where
+    torch.distributed runs, every rank has to call this; `group` and `alone` as for `save`.
     """
     path, begin = Path(path), time.monotonic()
     with open_ranks(group, alone=alone) as ranks:
@@ -80,11 +81,12 @@ def load(
         manifest = ranks.together(doing, partial(read_manifest, path))
         assert manifest is not None
         asked = _union_of_names(manifest, tensors, ranks)
-        ranks.together(doing, partial(_check_match, path, manifest, tensors, asked, partial_load, cast))
+        stored = {name: info for name, info in manifest.tensors.items() if name.startswith(within)}
+        ranks.together(doing, partial(_check_match, path, stored, tensors, asked, partial_load, cast))
         count = ranks.together(doing, partial(_fill, path, manifest, tensors, ranks))
     get_logger().info(
         "checkpoint: restored %d of %d tensors from %s (%.1f MB on this rank, %.1f s)",
-        len(asked), len(manifest.tensors), path, (count or 0) / 1e6, time.monotonic() - begin,
+        len(asked), len(stored), path, (count or 0) / 1e6, time.monotonic() - begin,
     )  # fmt: skip
     return manifest.state
 
@@ -98,10 +100,14 @@ def _union_of_names(manifest: Manifest, tensors: Mapping[str, torch.Tensor], ran
 
 
 def _check_match(
-    path: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor], asked: set[str], partial_load: bool, cast: bool
+    path: Path,
+    stored: Mapping[str, TensorInfo],
+    tensors: Mapping[str, torch.Tensor],
+    asked: set[str],
+    partial_load: bool,
+    cast: bool,
 ) -> None:
     """Refuse, naming everything that does not fit, before anything is changed."""
-    stored = manifest.tensors
     missing = sorted(set(tensors) - set(stored))
     unexpected = [] if partial_load else sorted(set(stored) - asked)
     different = sorted(_differences(stored, tensors, cast))

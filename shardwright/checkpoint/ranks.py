@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 
 from shardwright.checkpoint.integrity import CheckpointError, DamagedError, SaveError
+from shardwright.config import ConfigError, RunError
 
 TIMEOUT = timedelta(minutes=30)
 TEXT_BYTES = 4096
 # What may be raised, by its number on the wire; every rank must raise the same type, or they would part ways.
-KINDS: tuple[type[Exception], ...] = (CheckpointError, DamagedError, SaveError, ValueError)
+KINDS: tuple[type[Exception], ...] = (CheckpointError, DamagedError, SaveError, ValueError, ConfigError, RunError)
 T = TypeVar("T")
 
 
@@ -72,6 +73,8 @@ class Ranks:
         data = text.encode()
         length = torch.tensor([len(data)], device="cpu")
         dist.broadcast(length, group=self.group, group_src=0)
+        if not int(length):
+            return ""
         buffer = torch.zeros(int(length), dtype=torch.uint8, device="cpu")
         if self.rank == 0:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))

@@ -341,7 +341,7 @@ _REMEDY = "restore the file from its source or run `shardwright prepare` again"
 
 
 def map_file(path: str | Path, size: int | None = None) -> np.ndarray:
-    """The bytes of a file as a read-only array over its pages; ShardError where it is missing or not `size` long.
+    """The bytes of a file as a read-only array over its pages; ShardError where it is unreadable or not `size` long.
 
     Mapped by torch, which lets go of the file descriptor (Python's own mmap keeps one): a stream of 64 lanes has some
     hundred shards open.
@@ -349,15 +349,21 @@ def map_file(path: str | Path, size: int | None = None) -> np.ndarray:
     import torch
 
     try:
-        found = os.stat(path).st_size
+        with open(path, "rb") as file:
+            found = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise ShardError(f"{path}: no such file, though the manifest names it; {_REMEDY}") from None
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read: {error.strerror}; mend that, or {_REMEDY}") from None
     if size is not None and found != size:
         change = "truncated" if found < size else "changed"
         raise ShardError(f"{path}: {found} bytes, expected {size}: the file was {change}; {_REMEDY}")
     if not found:
         raise ShardError(f"{path}: the file is empty; {_REMEDY}")
-    array = torch.from_file(str(path), shared=False, size=found, dtype=torch.uint8).numpy()
+    try:
+        array = torch.from_file(str(path), shared=False, size=found, dtype=torch.uint8).numpy()
+    except RuntimeError as error:  # many lines, of which the first says it: no memory for it, too many mappings, ...
+        raise ShardError(f"{path}: cannot be mapped into memory: {str(error).splitlines()[0]}") from None
     array.flags.writeable = False
     return array
 

@@ -51,8 +51,8 @@ class Feature:
 
 
 FEATURES = (
-    Feature("text cleaning", ("ftfy",), "data"),
     Feature("near-duplicate removal", ("datasketch",), "data"),
+    Feature("language filter", ("py3langid",), "data"),
     Feature("Parquet input", ("pyarrow",), "data"),
     Feature("zstd input", ("zstandard",), "data"),
     Feature("Common Crawl input", ("warcio", "trafilatura"), "data"),

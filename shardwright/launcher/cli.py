@@ -1,7 +1,7 @@
 """The command line: a thin face over the Python functions.
 
 Exit codes: 0 success, 1 a failure, 2 bad usage or config, 75 stopped by a signal with all saved
-(start the same command again to go on). Mistakes get one line; ``--traceback`` shows the rest.
+(start the same command again to go on). Mistakes get one line; ``--traceback``, wherever it stands, shows the rest.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,9 @@ from shardwright.config import ConfigError, RunError, apply_override
 from shardwright.log import get_logger
 
 STOPPED = 75
+TRACEBACK = "--traceback"
+# Bad usage. Older typers take click's class, newer ones bring their own.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     name="shardwright",
@@ -44,7 +48,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it")] = False,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show the whole traceback of an error")] = False,
+    show_traceback: Annotated[bool, typer.Option(TRACEBACK, help="Show an error's traceback; goes anywhere")] = False,
 ) -> None:
     """Options of every command."""
 
@@ -113,6 +117,8 @@ def evaluate(
     """Validation loss, perplexity and bits per byte, beside what xz needs for the same text."""
     from shardwright.train.score import evaluate_run
 
+    if as_json:
+        get_logger().setLevel(logging.WARNING)
     answer = evaluate_run(run_folder, data)
     print(json.dumps(answer) if as_json else "\n".join(f"{k}: {v:.4f}" for k, v in answer.items()))
 
@@ -128,11 +134,12 @@ def generate(
     seed: Annotated[int, typer.Option(help="Same seed, same text")] = 0,
 ) -> None:
     """Sample text from a trained model, as it comes."""
-    from shardwright.serve.generate import Sampling, stream_text
+    from shardwright.serve.generate import Sampling, check_prompt, stream_text
     from shardwright.train.load import load
 
-    loaded = load(run_folder)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    check_prompt(prompt)
+    loaded = load(run_folder)
     sys.stdout.write(prompt)
     for piece in stream_text(loaded.model, loaded.tokenizer, prompt, sampling, max_new_tokens=tokens):
         sys.stdout.write(piece)
@@ -169,19 +176,42 @@ def schema() -> None:
 
 def main() -> None:
     """Entry point: run a command and turn a user's mistake into one line."""
-    sys.exit(guarded(lambda: app(standalone_mode=True), traceback="--traceback" in sys.argv))
+    sys.exit(run(sys.argv[1:]))
 
 
-def guarded(command: Callable[[], Any], *, traceback: bool = False) -> int:
+def run(arguments: Sequence[str]) -> int:
+    """Run the command that these arguments name; its exit code."""
+    given = [argument for argument in arguments if argument != TRACEBACK]
+    if not given:
+        app(["--help"], standalone_mode=False)
+        return 2
+    return guarded(lambda: app(given, standalone_mode=False), show_traceback=len(given) < len(arguments))
+
+
+def guarded(command: Callable[[], Any], *, show_traceback: bool = False) -> int:
     """Exit code of `command`, with mistakes as one line on standard error."""
     try:
-        command()
-        return 0
+        code = command()
+        return code if isinstance(code, int) else 0
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 1
+    except typer.Abort:
+        return 1
+    except UsageError as error:
+        return _say(_usage(error), 2)
     except (ConfigError, RunError, ValueError, OSError) as error:
-        if traceback:
-            raise
-        text = " ".join(str(error).split())
-        print(f"shardwright: {text}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        if show_traceback:
+            traceback.print_exc()
+        return _say(str(error), 2 if isinstance(error, ValueError) else 1)
+
+
+def _say(text: str, code: int) -> int:
+    print(f"shardwright: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def _usage(error: Any) -> str:
+    """What is wrong, and where help is."""
+    path = error.ctx.command_path.removeprefix(error.ctx.find_root().info_name or "").strip() if error.ctx else ""
+    words = error.format_message().rstrip(".")
+    return f"{words}{'' if words.endswith('?') else ';'} see shardwright {f'{path} ' if path else ''}--help"

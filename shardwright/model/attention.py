@@ -129,6 +129,20 @@ def document_mask(documents: Tensor) -> Tensor:
     return same.tril_().unsqueeze(1)
 
 
+def row_mask(
+    row_index: Tensor, key_index: Tensor, documents: Tensor | None = None, key_documents: Tensor | None = None
+) -> Tensor:
+    """[B, 1, T, S], true where the key is not later and of the query's document: queries that are part of a row.
+
+    Places in the row: `row_index` [T] or [B, T] of queries, `key_index` [B, S] of keys; documents alike.
+    """
+    mask = key_index.unsqueeze(-2) <= row_index.unsqueeze(-1)
+    if documents is not None:
+        assert key_documents is not None, "documents of queries need those of keys beside them"
+        mask &= documents.unsqueeze(-1) == key_documents.unsqueeze(-2)
+    return mask.unsqueeze(1)
+
+
 def padding_mask(attention_mask: Tensor, past: int = 0) -> Tensor:
     """Causal [B, 1, T, S] that hides keys where `attention_mask` [B, S] is 0; every query sees itself at least."""
     keys = attention_mask.bool()[:, None, None, :]

@@ -31,10 +31,8 @@ def num_parameters(config: TransformerConfig) -> dict[str, int]:
 
 
 def _num_norm_parameters(c: TransformerConfig) -> int:
-    if not c.norm_weight:
-        return 0
     wide = 2 * c.layers + (c.norm_placement == "pre") + c.embed_norm
-    vectors = 2 if c.norm == "layer" and c.norm_bias else 1
+    vectors = c.norm_weight * (2 if c.norm == "layer" and c.norm_bias else 1)
     return wide * vectors * c.width + c.qk_norm * 2 * c.layers * c.head_width
 
 

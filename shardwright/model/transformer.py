@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from shardwright.config import ModelConfig, meaning
 from shardwright.model import position
-from shardwright.model.attention import Attention, Cache, LayerCache, as_bias, document_mask, padding_mask
+from shardwright.model.attention import Attention, Cache, LayerCache, as_bias, document_mask, padding_mask, row_mask
 from shardwright.model.dropout import Dropout, layer_keys, token_keys
 from shardwright.model.layers import ACTIVATIONS, MLP, build_norm
 
@@ -42,7 +42,7 @@ class TransformerConfig(ModelConfig):
     rope_theta: float = meaning(10000.0, "Base of the rotary angles", gt=0)
     norm: Literal["layer", "rms"] = meaning("layer", "Kind of norm")
     norm_eps: float = meaning(1e-5, "Added to the variance", gt=0)
-    norm_weight: bool = meaning(True, "Norms have a weight")
+    norm_weight: bool = meaning(True, "Norms have a weight; those of queries and keys always do")
     norm_bias: bool = meaning(True, "Layer norms have a bias")
     norm_placement: Literal["pre", "post"] = meaning("pre", "Norm before each part, or after its addition")
     embed_norm: bool = meaning(False, "A norm after the embedding")
@@ -121,7 +121,9 @@ class Inputs(NamedTuple):
     sequence: Tensor | None = None  # [B] int64 sequence numbers, for dropout; default 0..B-1
     step: int | Tensor = 0  # for dropout
     seed: int = 0  # for dropout
-    row_index: Tensor | None = None  # [T] or [B, T] place in the row, for dropout; default 0..T-1
+    row_index: Tensor | None = None  # [T] or [B, T] place in the row; default 0..T-1
+    key_index: Tensor | None = None  # [B, S] place in the row of each key, where more keys are seen than input_ids has
+    key_documents: Tensor | None = None  # [B, S] `documents` of those keys
 
 
 class Context(NamedTuple):
@@ -241,8 +243,10 @@ class LanguageModel(nn.Module):
     def context(self, inputs: Inputs, cache: Cache | None = None) -> Context:
         """What the blocks share, from inputs alone: every pipeline stage can build it for itself."""
         ids, past = inputs.input_ids, cache.length if cache else 0
-        index = torch.arange(past, past + ids.shape[1], device=ids.device)
-        positions = index.unsqueeze(0) if inputs.position_ids is None else inputs.position_ids
+        index = inputs.row_index
+        if index is None:
+            index = torch.arange(past, past + ids.shape[1], device=ids.device)
+        positions = torch.atleast_2d(index) if inputs.position_ids is None else inputs.position_ids
         mask, causal = _build_mask(inputs, past)
         cos, sin = None, None
         if self.config.positions == "rotary":
@@ -253,7 +257,7 @@ class LanguageModel(nn.Module):
         sequence = inputs.sequence
         if sequence is None:
             sequence = torch.arange(ids.shape[0], device=ids.device)
-        tokens = token_keys(inputs.seed, inputs.step, sequence, index if inputs.row_index is None else inputs.row_index)
+        tokens = token_keys(inputs.seed, inputs.step, sequence, index)
         return context._replace(token_keys=tokens, layer_keys=layer_keys(self.config.layers, ids.device))
 
     def hidden(self, inputs: Inputs, x: Tensor | None = None, cache: Cache | None = None) -> Tensor:
@@ -261,9 +265,9 @@ class LanguageModel(nn.Module):
         context = self.context(inputs, cache)
         keys = context.layer_keys
         context = context._replace(layer_keys=None)
-        if self.embed is not None:
+        if x is None:
+            assert self.embed is not None, "a part without the embedding needs the activations of the part before it"
             x = self.embed(inputs.input_ids, context, None if keys is None else keys[0])
-        assert x is not None, "a stage without the embedding needs the activations of the stage before it"
         if context.mask is not None and x.device.type == "cpu":
             # CPU kernels want an additive mask: turn it over once, not once a block.
             context = context._replace(mask=as_bias(context.mask, x.dtype))
@@ -323,6 +327,11 @@ def _build_norm(config: TransformerConfig) -> nn.Module:
 def _build_mask(inputs: Inputs, past: int) -> tuple[Tensor | None, bool]:
     """(mask, causal): no mask where the kernel's own causal rule is enough."""
     length = inputs.input_ids.shape[1]
+    if inputs.key_index is not None:
+        assert past == 0, "keys of other places and a cache do not go together"
+        assert inputs.row_index is not None, "key_index needs row_index beside it"
+        assert inputs.attention_mask is None, "padding and keys of other places do not go together"
+        return row_mask(inputs.row_index, inputs.key_index, inputs.documents, inputs.key_documents), True
     if inputs.documents is not None:
         assert past == 0, "packed documents and a cache do not go together"
         mask = document_mask(inputs.documents)

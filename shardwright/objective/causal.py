@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from shardwright.config import ObjectiveConfig, meaning
-from shardwright.objective.cross_entropy import Head, Kernel, linear_cross_entropy, loss_and_gradient
+from shardwright.objective.cross_entropy import KERNEL, Head, Kernel, linear_cross_entropy
 
 
 class CausalConfig(ObjectiveConfig):
@@ -29,11 +28,11 @@ class Causal:
 
     def __init__(self, config: CausalConfig) -> None:
         self.config = config
-        self.kernel: Kernel = loss_and_gradient
+        self.kernel: Kernel = KERNEL
 
     def compile(self) -> None:
         """Have the element-wise part of the loss compiled."""
-        self.kernel = torch.compile(loss_and_gradient, fullgraph=True)
+        self.kernel = KERNEL.compiled()
 
     def raw_length(self, length: int) -> int:
         """Tokens of the stream that one sequence of `length` inputs needs."""

@@ -3,13 +3,14 @@
 Each chunk's logits are turned into its gradient while they are still in the cache: forward leaves
 the gradients of hidden states and head behind, and backward only scales them. (`torch.nn.functional
 .linear_cross_entropy` does the same, but takes the head's gradient in float32 products, 4 times as
-long on a CPU.) Shapes: N rows (batch x tokens), D width, V vocabulary.
+long on a CPU.) Where several processes hold some rows of the head each, they agree on each chunk's
+maxima and sums, and no logit travels. Shapes: N rows (batch x tokens), D width, V vocabulary (held here).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,25 +18,37 @@ from torch import Tensor
 CHUNK_ROWS = 2048
 
 
+class VocabularyShard(Protocol):
+    """A head of which this process holds consecutive rows; what its holders agree on is not differentiated."""
+
+    @property
+    def start(self) -> int:
+        """The first row held here."""
+
+    def max(self, x: Tensor) -> Tensor:
+        """Element-wise maximum of x over all holders; may reuse its memory."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Element-wise sum of x over all holders; may reuse its memory."""
+
+
 class Head(NamedTuple):
-    """What turns hidden states into logits: weight [V, D], bias [V], and cap x tanh(logits / cap)."""
+    """What turns hidden states into logits: weight [V, D], bias [V], and cap x tanh(logits / cap).
+
+    With `vocabulary`, weight and bias are the rows held here, any number of them.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
-
-
-# (logits [n, V], labels [n], weights [n], scale [], softcap) -> (loss sum, scale x its gradient by the logits [n, V])
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
+    vocabulary: VocabularyShard | None = None
 
 
 def loss_and_gradient(
     logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """The element-wise part, in float32; a compiler makes one pass of it."""
-    wide = logits.float()
-    if softcap is not None:
-        wide = softcap * torch.tanh(wide / softcap)
+    wide = _capped(logits, softcap)
     top = wide.amax(-1, keepdim=True)
     powers = (wide - top).exp()
     total = powers.sum(-1, keepdim=True)
@@ -48,6 +61,75 @@ def loss_and_gradient(
     return loss, gradient.to(logits.dtype)
 
 
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """In float32."""
+    wide = logits.float()
+    return wide if softcap is None else softcap * torch.tanh(wide / softcap)
+
+
+def part_top(logits: Tensor, softcap: float | None) -> Tensor:
+    """The largest logit [n] held here, -inf where none is."""
+    if logits.shape[-1] == 0:
+        return torch.full(logits.shape[:-1], float("-inf"), dtype=torch.float32, device=logits.device)
+    return _capped(logits, softcap).amax(-1)
+
+
+def part_sums(logits: Tensor, places: Tensor, top: Tensor, softcap: float | None) -> Tensor:
+    """[2, n]: sum of exp(logit - top), and the label's logit where it is held here; `places` count from `start`."""
+    wide = _capped(logits, softcap)
+    total = (wide - top.unsqueeze(-1)).exp().sum(-1)
+    return torch.stack([total, torch.where(_target(logits, places), wide, 0.0).sum(-1)])
+
+
+def part_loss_and_gradient(
+    logits: Tensor, places: Tensor, weights: Tensor, scale: Tensor, softcap: float | None, top: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `loss_and_gradient`: the loss of the whole vocabulary and the gradient of the logits held here.
+
+    `top` [n] and `sums` [2, n] are of all holders.
+    """
+    wide = _capped(logits, softcap)
+    total, picked = sums
+    loss = ((total.log() + top - picked) * weights).sum()
+    share = (wide - top.unsqueeze(-1)).exp() / total.unsqueeze(-1)
+    gradient = (share - _target(logits, places).float()) * (weights * scale).unsqueeze(-1)
+    if softcap is not None:
+        gradient = gradient * (1 - (wide / softcap).square())
+    return loss, gradient.to(logits.dtype)
+
+
+def _target(logits: Tensor, places: Tensor) -> Tensor:
+    """bool [n, V], true at the label where it is held here."""
+    return torch.arange(logits.shape[-1], device=logits.device) == places.unsqueeze(-1)
+
+
+class Kernel(NamedTuple):
+    """The element-wise functions of the loss: of a whole vocabulary, and the three stages of a part of one."""
+
+    whole: Callable[[Tensor, Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]] = loss_and_gradient
+    top: Callable[[Tensor, float | None], Tensor] = part_top
+    sums: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] = part_sums
+    part: Callable[..., tuple[Tensor, Tensor]] = part_loss_and_gradient
+
+    def compiled(self) -> Kernel:
+        """Each made one pass by a compiler, at its first use."""
+        made: tuple[Any, ...] = tuple(torch.compile(function, fullgraph=True) for function in self)
+        return Kernel(*made)
+
+    def run(self, logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        """(loss sum, scale x its gradient by the logits [n, V]); labels [n] of the whole vocabulary, weights [n]."""
+        vocabulary, softcap = head.vocabulary, head.softcap
+        if vocabulary is None:
+            return self.whole(logits, labels, weights, scale, softcap)
+        places = labels - vocabulary.start
+        top = vocabulary.max(self.top(logits, softcap))
+        sums = vocabulary.sum(self.sums(logits, places, top, softcap))
+        return self.part(logits, places, weights, scale, softcap, top, sums)
+
+
+KERNEL = Kernel()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -56,18 +138,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         softcap: float | None,
+        vocabulary: VocabularyShard | None,
         labels: Tensor,
         weights: Tensor,
         scale: Tensor,
         kernel: Kernel,
     ) -> Tensor:
+        head = Head(weight, bias, softcap, vocabulary)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden)
         head_grads: list[Tensor] = []
         for start in range(0, hidden.shape[0], CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
             logits = torch.nn.functional.linear(hidden[part], weight, bias)
-            loss, dlogits = kernel(logits, labels[part], weights[part], scale, softcap)
+            loss, dlogits = kernel.run(logits, labels[part], weights[part], scale, head)
             total += loss
             torch.mm(dlogits, weight, out=hidden_grad[part])
             _accumulate(head_grads, dlogits, hidden[part], bias)
@@ -78,8 +162,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         scale, *grads = ctx.saved_tensors
         rest = outer[0] / scale  # 1 where the scale was the right one
-        hidden_grad, weight_grad, *bias_grad = (g.mul_(rest) for g in grads)
-        return (hidden_grad, weight_grad, bias_grad[0] if bias_grad else None, *[None] * 5)
+        hidden_grad, weight_grad, *bias_grad = (g * rest for g in grads)
+        return (hidden_grad, weight_grad, bias_grad[0] if bias_grad else None, *[None] * 6)
 
 
 def _accumulate(grads: list[Tensor], dlogits: Tensor, hidden: Tensor, bias: Tensor | None) -> None:
@@ -108,14 +192,16 @@ def linear_cross_entropy(
     labels: Tensor,
     weights: Tensor,
     scale: Tensor | None = None,
-    kernel: Kernel = loss_and_gradient,
+    kernel: Kernel = KERNEL,
 ) -> Tensor:
     """Weighted sum of -log softmax(logits)[labels], a float32 scalar.
 
     hidden [..., D] and the head in the compute format, labels [...] int64, weights [...] float32.
     Logits are rounded to the compute format, as every matrix product is; the rest is float32.
     `scale` (0-dim float32) is the gradient that this sum is going to get: fp16 products need it beforehand,
-    since an undivided sum over rows leaves its range. `kernel` is `loss_and_gradient` or what a compiler made of it.
+    since an undivided sum over rows leaves its range. Where the head is a part of a vocabulary, hidden, labels and
+    weights are the same on all holders and so is the loss; the gradient of hidden is this holder's summand of the
+    whole one.
     """
     rows, labels, weights = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), weights.reshape(-1)
     scale = torch.ones((), device=hidden.device) if scale is None else scale
@@ -124,5 +210,5 @@ def linear_cross_entropy(
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for part in (slice(n, n + CHUNK_ROWS) for n in range(0, rows.shape[0], CHUNK_ROWS)):
         logits = torch.nn.functional.linear(rows[part], head.weight, head.bias)
-        total += kernel(logits, labels[part], weights[part], scale, head.softcap)[0]
+        total += kernel.run(logits, labels[part], weights[part], scale, head)[0]
     return total

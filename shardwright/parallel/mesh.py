@@ -1,6 +1,7 @@
-"""The world a process finds itself in: its rank, how many there are, and its device.
+"""The world a process finds itself in: its rank, its device, and the mesh of all ranks by axis.
 
-The one place where a device is chosen. One process is the degenerate case of every layout.
+The one place where a device is chosen and process groups are made. One process is the degenerate case of every
+layout: all degrees 1, no group, no communication.
 """
 
 from __future__ import annotations
@@ -8,52 +9,191 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from shardwright.config import ConfigError
+from shardwright.config import ConfigError, ParallelConfig, parse_duration
+
+# Outermost first: neighbours in rank talk most. An axis `expert` has its place between shard and context.
+AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 
 
 @dataclass(frozen=True)
 class World:
     """Where this process stands among all."""
 
-    rank: int
-    size: int
-    device: torch.device
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    mesh: DeviceMesh | None = None  # every one of AXES, also of size 1; None in one process
 
     @property
     def leads(self) -> bool:
         """Whether this rank writes logs."""
         return self.rank == 0
 
+    def degree(self, axis: str) -> int:
+        """Ranks along an axis; `data` is replicate x shard."""
+        if axis == "data":
+            return self.degree("replicate") * self.degree("shard")
+        return 1 if self.mesh is None else self.mesh[axis].size()
+
+    def index(self, axis: str) -> int:
+        """This rank's place on an axis."""
+        if axis == "data":
+            return self.index("replicate") * self.degree("shard") + self.index("shard")
+        return 0 if self.mesh is None else self.mesh[axis].get_local_rank()
+
+    def describe(self) -> str:
+        """The degrees in words: `data 2 x tensor 2`, or `one process`."""
+        degrees = [(axis, self.degree(axis)) for axis in ("data", "pipeline", "context", "tensor")]
+        return " x ".join(f"{axis} {degree}" for axis, degree in degrees if degree > 1) or "one process"
+
+    def sharding_mesh(self) -> DeviceMesh:
+        """The mesh (replicate, shard x context) that parameters are replicated and sharded over."""
+        assert self.mesh is not None
+        if self.degree("context") == 1:
+            return self.mesh["replicate", "shard"]
+        self.mesh["shard", "context"]._flatten("spread")
+        return self.mesh["replicate", "spread"]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a small tensor over all ranks, on the device, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def share(self, value: float) -> float:
+        """Rank 0's number, on the host of every rank."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64, device="cpu")
+        dist.broadcast(shared, src=0)
+        return float(shared)
+
+    def first(self, place: int, text: str) -> str:
+        """The text of the rank with the smallest `place`, on every rank; at most 500 bytes of it."""
+        if self.size == 1:
+            return text
+        least = torch.tensor([place * self.size + self.rank], device="cpu")
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        buffer = torch.zeros(500, dtype=torch.uint8, device="cpu")
+        data = text.encode()[:500]
+        buffer[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        dist.broadcast(buffer, src=int(least) % self.size)
+        return bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank, decided on the hosts."""
+        if self.size == 1:
+            return flag
+        found = torch.tensor([int(flag)], device="cpu")
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found)
+
+
+def world_size(environment: Mapping[str, str] | None = None) -> int:
+    """Processes of the run, as the launcher's variables tell."""
+    return _number(os.environ if environment is None else environment, "WORLD_SIZE", 1)
+
 
 def build_world(
-    device: str = "auto", threads: int | None = None, environment: Mapping[str, str] | None = None
+    device: str = "auto",
+    threads: int | None = None,
+    parallel: ParallelConfig | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> World:
-    """The world as the launcher's variables tell it; ConfigError where it cannot be."""
+    """The world as the launcher's variables tell it, laid out as `parallel` says; ConfigError where it cannot be."""
     environment = os.environ if environment is None else environment
-    size = int(environment.get("WORLD_SIZE", "1"))
-    if size > 1:
-        raise ConfigError(
-            f"WORLD_SIZE={size}: this version trains in one process; start it without a launcher, "
-            "or with one process (--nproc-per-node 1)"
-        )
+    size = world_size(environment)
+    parallel = parallel or ParallelConfig()
+    shape = mesh_shape(parallel, size)
     if threads is not None:
         torch.set_num_threads(threads)
     keep_host_memory()
-    return World(rank=0, size=1, device=choose_device(device))
+    chosen = choose_device(device, _number(environment, "LOCAL_RANK", 0))
+    if size == 1:
+        return World(0, 1, chosen)
+    rank = _number(environment, "RANK", None)
+    _join(rank, size, chosen, parallel)
+    return World(rank, size, chosen, init_device_mesh(chosen.type, shape, mesh_dim_names=AXES))
 
 
-def choose_device(wanted: str = "auto") -> torch.device:
-    """The device of this process: a GPU where one is present, else the CPU."""
+@contextmanager
+def join_world(device: str, threads: int | None, parallel: ParallelConfig) -> Iterator[World]:
+    """`build_world` for the length of a run; the process groups made for it are given back."""
+    before = dist.is_initialized()
+    world = build_world(device, threads, parallel)
+    try:
+        yield world
+    finally:
+        if world.size > 1 and not before:
+            dist.destroy_process_group()
+
+
+def mesh_shape(parallel: ParallelConfig, size: int) -> tuple[int, ...]:
+    """Degrees along AXES in a world of `size` ranks; ConfigError where they do not multiply to it."""
+    fixed = parallel.tensor * parallel.context * parallel.pipeline
+    data = parallel.data or max(size // fixed, 1)
+    if data * fixed != size:
+        raise ConfigError(
+            f"parallel: data={parallel.data or 'what is left'} x pipeline={parallel.pipeline} x "
+            f"context={parallel.context} x tensor={parallel.tensor} does not make the world of {size} "
+            f"process{'es' if size > 1 else ''}; start {data * fixed} or change a degree"
+        )
+    shard = 1 if parallel.zero == 0 else parallel.shard or data
+    if data % shard:
+        raise ConfigError(f"parallel.shard={shard}: does not divide the {data} data ranks")
+    return (parallel.pipeline, data // shard, shard, parallel.context, parallel.tensor)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None) -> int:
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise ConfigError(
+            f"{name}={text}: several processes need the launcher's RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; "
+            "start them with torchrun"
+        ) from None
+
+
+def _join(rank: int, size: int, device: torch.device, parallel: ParallelConfig) -> None:
+    """Meet the other ranks. On GPUs host values still travel by gloo."""
+    if dist.is_initialized():
+        return
+    timeout = timedelta(seconds=parse_duration(parallel.timeout))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl", rank=rank, world_size=size, timeout=timeout, device_id=device
+        )
+    else:
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timeout)
+
+
+def choose_device(wanted: str = "auto", local_rank: int = 0) -> torch.device:
+    """The device of this process: the GPU of its place on this host where there is one, else the CPU."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if wanted != "cuda":
+        return torch.device(wanted)
+    if not torch.cuda.is_available():
         raise ConfigError("train.device=cuda: this torch sees no GPU; use train.device=auto or cpu")
-    return torch.device(wanted, 0) if wanted == "cuda" else torch.device(wanted)
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"LOCAL_RANK={local_rank}: this host has {torch.cuda.device_count()} GPUs; start one process for each"
+        )
+    return torch.device("cuda", local_rank)
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4

@@ -8,6 +8,8 @@ the copies, clears the gradients and takes their norm; nothing here reads a valu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -71,13 +73,21 @@ class Masters:
         """Forget the gradients: the next one of each parameter replaces what is there."""
         self._untouched = dict(self.weights)
 
-    def grad_norm(self) -> Tensor:
-        """The 2-norm of all gradients, a float32 scalar on the device."""
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Within the block gradients may be asked of autograd; none may reach a parameter."""
+        yield
+
+    def collect(self) -> None:
+        """All gradients are there: those that none came for are zero."""
         for master in self._untouched.values():
             assert master.grad is not None
             master.grad.zero_()
         self._untouched = {}
-        return torch.linalg.vector_norm(self._grads)
+
+    def grad_square(self, scale: Tensor) -> Tensor:
+        """The squared 2-norm of all gradients over `scale`, a float32 scalar on the device."""
+        return (torch.linalg.vector_norm(self._grads) / scale).square()
 
     def scale_grads(self, factor: Tensor) -> None:
         """Multiply every gradient by a scalar on the device."""

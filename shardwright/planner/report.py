@@ -30,7 +30,7 @@ def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = 
     """Write the page of one or several run folders and return its path.
 
     Default output: `report.html` in the run folder; for several runs in the working folder. ConfigError names a folder
-    that is no run.
+    that is no run, or an output that is a folder.
     """
     folders = [Path(runs)] if isinstance(runs, (str, Path)) else [Path(run) for run in runs]
     if not folders:
@@ -42,10 +42,21 @@ def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = 
         for run, folder in zip(loaded, folders, strict=True)
     ]
     place = Path(output) if output else (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    if place.is_dir():
+        raise ConfigError(f"{place}: is a folder; name the file, as in --output {place / 'report.html'}")
+    _write(place, build_report(told_apart))
+    return place
+
+
+def _write(place: Path, text: str) -> None:
+    """Write the file whole or not at all."""
     place.parent.mkdir(parents=True, exist_ok=True)
     fresh = place.with_name(f".{place.name}.{os.getpid()}")
-    fresh.write_text(build_report(told_apart), encoding="utf-8")
-    return fresh.replace(place)
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(place)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def build_report(runs: Sequence[Run]) -> str:

@@ -7,6 +7,7 @@ on which the logits agree. Shapes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from shardwright.config import RunError
 from shardwright.data.tokenizers import StreamDecoder
 from shardwright.model.attention import Cache
 from shardwright.model.transformer import Inputs, LanguageModel
@@ -39,12 +41,22 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature}: expected 0 or more")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k}: expected 0 (all tokens) or more")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: expected a share from 0 to 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: expected 0 to {2**63 - 1}")
+
+
+def check_prompt(prompt: str) -> None:
+    """ValueError for text that no tokenizer takes: surrogates, which stand for bytes that are no UTF-8."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt: character {error.start + 1} is no valid UTF-8; give the prompt as UTF-8") from None
 
 
 def stream_text(
@@ -58,8 +70,9 @@ def stream_text(
     """Pieces of text that go on from `prompt`, each whole characters, until the document ends or the tokens do.
 
     A document is read as in training: after an end-of-document token. ValueError for an empty prompt where the
-    tokenizer has none.
+    tokenizer has none, and for what `check_prompt` refuses.
     """
+    check_prompt(prompt)
     end = getattr(tokenizer, "end_of_document", None)
     ids = ([] if end is None else [end]) + [int(i) for i in tokenizer.encode(prompt)]
     known = getattr(tokenizer, "vocab_size", None)
@@ -82,7 +95,8 @@ def stream_tokens(
 ) -> Iterator[int]:
     """Token ids that follow `prompt`; `stop` ends them and is not given out; ids from `vocab_size` on never come.
 
-    Past the model's longest sequence it goes on from the last half of what it can hold.
+    Past the model's longest sequence it goes on from the last half of what it can hold. RunError where the model gives
+    numbers that are not finite.
     """
     if not prompt:
         raise ValueError("prompt: is empty and the tokenizer has no end-of-document token; give at least one token")
@@ -95,6 +109,8 @@ def stream_tokens(
             unread = tokens[-max(longest // 2, 1) :]
             cache = _build_cache(model, longest)
         logits = next_logits(model, unread, cache)[:vocab_size]
+        if not logits.isfinite().all():
+            raise RunError("the model gives numbers that are not finite: it diverged; take an earlier checkpoint")
         token = choose(logits, sampling, generator)
         if token == stop:
             return
@@ -129,7 +145,9 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
     top_p keeps the fewest tokens whose probability reaches it, one at least (Holtzman et al. 2020).
     """
-    order = torch.sort(logits / sampling.temperature, descending=True, stable=True)
+    # Far below any difference of two logits: smaller ones would overflow.
+    temperature = max(sampling.temperature, 1e-30)
+    order = torch.sort((logits - logits.max()) / temperature, descending=True, stable=True)
     p = order.values.softmax(-1)
     if sampling.top_k:
         p[sampling.top_k :] = 0

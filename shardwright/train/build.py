@@ -1,14 +1,10 @@
-"""Building a run in the one fixed order, every wrapper at its place.
-
-1. world and device  2. tokenizer, vocabulary  3. model with its weights  4. selective recomputation
-5. compile of each block  6. full recomputation  7. masters and compute copies  8. optimizer
-9. loss scale, spike window, step  10. data order and loader.
+"""Building a run in the one fixed order: corpus and vocabulary, the stages of layout.py, masters, optimizer, loss
+scale and guard, data order and loader.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,20 +20,19 @@ from shardwright.data.pack import Packing
 from shardwright.data.remote import ShardCache, default_cache_folder, is_remote
 from shardwright.data.stream import Source, Stream, ValidationStream
 from shardwright.data.tokenizers import Tokenizer, load_prepared
-from shardwright.log import get_logger
-from shardwright.model.families import build_model
-from shardwright.model.init import apply_init
-from shardwright.model.transformer import LanguageModel
+from shardwright.log import get_logger, rank
 from shardwright.objective.causal import Causal
 from shardwright.objective.table import OBJECTIVES
 from shardwright.parallel.mesh import World
 from shardwright.parallel.precision import FORMATS, LossScaler, Masters
-from shardwright.parallel.recompute import apply_recompute
 from shardwright.train.evaluate import Validation
 from shardwright.train.guard import SpikeDetector
+from shardwright.train.layout import build_masters, build_stages, wants_compile
 from shardwright.train.optim import build_optimizer
 from shardwright.train.schedule import BatchRamp
-from shardwright.train.step import LossModel, Step
+from shardwright.train.stages import Stages
+from shardwright.train.step import Masters as StepMasters
+from shardwright.train.step import Step
 
 
 @dataclass
@@ -65,24 +60,63 @@ def build_corpus(config: Config) -> Corpus:
 
 
 def fit_to_corpus(config: Config, corpus: Corpus) -> None:
-    """Fill in the vocabulary and the corpus' hashes, make its paths absolute, and check that model and data agree."""
-    found = [manifest.sha256 for manifest in corpus.manifests]
-    if config.data.corpus not in ([], found):
-        raise ConfigError(
-            f"data.corpus: names {config.data.corpus[0][:12]}..., {corpus.manifests[0].root} is {found[0][:12]}...; "
-            "restore that corpus or drop the key"
-        )
-    config.data.corpus = found
+    """Fill in vocabulary, tokenizer and corpora, make paths absolute, and check that model and data agree."""
+    check_corpus(config, corpus.manifests)
+    config.data.corpus = [manifest.sha256 for manifest in corpus.manifests]
     if config.data.path is not None:
         config.data.path = _absolute(config.data.path)
     for source in config.data.sources:
         source.path = _absolute(source.path)
+    _fit_tokenizer(config, corpus.tokenizer)
     _fit_vocabulary(config, corpus.tokenizer.vocab_size)
     check_length(config)
+    check_validation(config, corpus)
+
+
+def check_corpus(config: Config, manifests: Sequence[Manifest]) -> None:
+    """ConfigError where `data.corpus` names other corpora than these."""
+    named, found = config.data.corpus, [manifest.sha256 for manifest in manifests]
+    if named and len(named) != len(found):
+        raise ConfigError(f"data.corpus: names {len(named)} corpora for {len(found)} sources; drop the key")
+    for name, manifest, sha256 in zip(named, manifests, found, strict=False):
+        if name != sha256:
+            raise ConfigError(
+                f"data.corpus: names {name[:12]}..., {manifest.root} is {sha256[:12]}...; "
+                "restore that corpus or drop the key"
+            )
+
+
+def has_validation(corpus: Corpus) -> bool:
+    """Whether there is anything to evaluate on: `prepare` may have kept no document back."""
+    splits = [manifest.splits.get("validation") for manifest in corpus.manifests]
+    return any(split is not None and split.tokens for split in splits)
+
+
+def check_validation(config: Config, corpus: Corpus) -> None:
+    """Warn, once, of a run without validation; ConfigError where evaluations are asked for all the same."""
+    if has_validation(corpus):
+        return
+    where = f"the validation split of {corpus.manifests[0].root} is empty"
+    remedy = "prepare it with a smaller validation_every"
+    if config.evaluate.every is not None:
+        raise ConfigError(f"evaluate.every={config.evaluate.every}: {where}; {remedy}, or set evaluate.every=null")
+    if rank() == 0:
+        get_logger().warning("%s: the run ends without validation figures; to have them, %s", where, remedy)
 
 
 def _absolute(path: str) -> str:
     return path if is_remote(path) else str(Path(path).resolve())
+
+
+def _fit_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+    data = config.data
+    for key, given, found in (
+        ("tokenizer", data.tokenizer, tokenizer.sha256),
+        ("end_of_document", data.end_of_document, tokenizer.end_of_document),
+    ):
+        if given not in (None, found):
+            raise ConfigError(f"data.{key}={given}: the corpus was prepared with {found}; drop the key")
+    data.tokenizer, data.end_of_document = tokenizer.sha256, tokenizer.end_of_document
 
 
 def _fit_vocabulary(config: Config, vocab_size: int) -> None:
@@ -111,59 +145,37 @@ def build_objective(config: Config) -> Causal:
     return OBJECTIVES[config.objective.name][1](config.objective)  # type: ignore[arg-type]
 
 
-def build_weights(config: Config, world: World) -> LanguageModel:
-    """The model on its device with its first weights, each a function of (seed, its name) alone."""
-    model = build_model(config.model)  # type: ignore[arg-type]
-    apply_init(model, config.model, config.train.seed)  # type: ignore[arg-type]
-    return model.to(world.device)
-
-
-def apply_blocks(model: LanguageModel, config: Config) -> None:
-    """Recomputation and compilation of every block, in their order."""
-    blocks = [module for name, module in model.layers() if name.startswith("blocks.")]
-    apply_recompute(blocks, config.train.recompute, compiled=False)
-    if wants_compile(config):
-        for block in blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True)
-    apply_recompute(blocks, config.train.recompute, compiled=True)
-
-
-def wants_compile(config: Config) -> bool:
-    """Whether blocks are compiled: as said, or where a C++ compiler or a GPU's Triton is found."""
-    wanted = config.train.compile
-    if wanted != "auto":
-        return bool(wanted)
-    found = shutil.which("g++") or shutil.which("clang++")
-    if not found:
-        get_logger().info("no C++ compiler found: blocks run uncompiled (Debian: apt-get install g++)")
-    return bool(found)
-
-
 def build_step(config: Config, world: World) -> Step:
-    """Model, masters, optimizer, scale and guard, put together."""
+    """Stages, passes, masters, optimizer, scale and guard, put together."""
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first use
     torch.use_deterministic_algorithms(config.train.deterministic)
-    model = build_weights(config, world)
-    apply_blocks(model, config)
     objective = build_objective(config)
     if wants_compile(config):
         objective.compile()
-    loss_model = LossModel(model, objective, config.train.seed)
-    compute = FORMATS[config.precision.compute]
-    masters = Masters(model, compute)
-    optimizer = build_optimizer(config.optimizer, list(masters.weights.items()))
+    stages = build_stages(config, world, objective)
+    masters, optimizer = _build_optimizer(config, stages)
     scaler = LossScaler(config.precision.loss_scale, world.device, enabled=config.precision.compute == "fp16")
     spikes = SpikeDetector(config.guard, world.device)
-    return Step(loss_model.train(), masters, optimizer, scaler, spikes, config.train.clip)
+    return Step(stages, masters, optimizer, scaler, spikes, config.train.clip)
 
 
-def build_plan(config: Config, ramp: BatchRamp, excluded: Sequence[tuple[int, int]] = ()) -> Plan:
-    """Which sequence numbers each step takes."""
+def _build_optimizer(config: Config, stages: Stages) -> tuple[StepMasters, torch.optim.Optimizer]:
+    if stages.world.mesh is None:
+        masters = Masters(stages.models[0].model, FORMATS[config.precision.compute])
+        return masters, build_optimizer(config.optimizer, list(masters.weights.items()))
+    sharded = build_masters(config, stages)
+    return sharded, build_optimizer(config.optimizer, list(sharded.parts.items()), logical=sharded.logical)
+
+
+def build_plan(config: Config, world: World, ramp: BatchRamp, excluded: Sequence[tuple[int, int]] = ()) -> Plan:
+    """Which sequence numbers each step takes, and which of them this data rank."""
     return Plan(
         global_batch=lambda _step, drawn: ramp.batch_at(drawn),
         micro_batch=config.batch.micro,
         lanes=config.data.lanes,
+        data_rank=world.index("data"),
+        data_size=world.degree("data"),
         excluded=tuple(excluded),
     )
 
@@ -188,7 +200,7 @@ def build_loader(config: Config, world: World, ramp: BatchRamp) -> Loader:
     )
     return Loader(
         stream,
-        build_plan(config, ramp),
+        build_plan(config, world, ramp),
         build_packing(config),
         workers=data.workers,
         prefetch=data.prefetch,
@@ -208,7 +220,7 @@ def build_validation(config: Config, world: World) -> Validation:
     # Every token is predicted, whatever training leaves out: bits per byte are of the whole text.
     packing = replace(build_packing(config), cross_document_targets=True)
     return Validation(
-        stream, packing, length=data.sequence_length, batch=config.evaluate.batch, device=world.device
+        stream, packing, length=data.sequence_length, batch=config.evaluate.batch, world=world
     )
 
 

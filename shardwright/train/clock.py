@@ -12,8 +12,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from shardwright.parallel.mesh import World
 from shardwright.train.position import Position
 from shardwright.train.schedule import Progress
+from shardwright.train.writing import writing
 
 CLOCK = "clock.jsonl"
 
@@ -21,8 +23,8 @@ CLOCK = "clock.jsonl"
 class Clock:
     """Keeps `position.elapsed`, `position.startup` and the recorded positions of `progress`."""
 
-    def __init__(self, folder: Path, progress: Progress) -> None:
-        self.path, self.progress = folder / CLOCK, progress
+    def __init__(self, folder: Path, progress: Progress, world: World) -> None:
+        self.path, self.progress, self.world = folder / CLOCK, progress, world
         self.step_seconds = 0.0  # of the last step; 0 before there is one to go by
         self._begun = time.monotonic()
         self._zero = self._begun
@@ -46,16 +48,19 @@ class Clock:
         if self._first and position.elapsed:
             self._zero += now - begin
         position.elapsed = now - self._zero
+        if self.progress.unit == "seconds":  # rank 0's clock is that of all
+            self.step_seconds = self.world.share(self.step_seconds)
+            position.elapsed = self.world.share(position.elapsed)
         if position.step == 1:
             position.startup = position.elapsed
         self._first = False
 
     def record(self, step: int) -> None:
         """Write down the position of 0-based step `step`, where it was taken from the clock just now."""
-        if self.progress.unit != "seconds" or step != len(self.progress.trace) - 1:
+        if self.progress.unit != "seconds" or step != len(self.progress.trace) - 1 or not self.world.leads:
             return
         line = json.dumps({"step": step, "position": self.progress.trace[step]}) + "\n"
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line)
 
     def _read(self, step: int) -> None:

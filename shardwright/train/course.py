@@ -18,10 +18,7 @@ class Course:
         self.ramp = build_ramp(config.batch, config.global_batch())
         self.progress = build_progress(config.train)
         self.steps = self._steps(config)
-        tokens = config.train.tokens
-        if config.train.steps is not None:
-            tokens = self.ramp.drawn_after(config.train.steps) * self.length
-        warmup = resolve_warmup(config.schedule, steps=self.steps, tokens=tokens)
+        warmup = resolve_warmup(config.schedule, self.progress, self.ramp, self.length)
         self._schedule = build_schedule(config.schedule, warmup)
 
     def _steps(self, config: Config) -> int | None:

@@ -1,66 +1,103 @@
-"""Naming the first module whose numbers are not finite, by running a micro-batch once more, uncompiled."""
+"""Naming the first module whose numbers are not finite, by running the micro-batches once more, uncompiled."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shardwright.train.step import Batch, LossModel
+from shardwright.train.stages import Batch, LossModel, Stages
+from shardwright.train.step import Masters
+
+_NOTHING = "no single module: the sum over micro-batches"
+_LOSS, _NEVER = 10**9, 4 * 10**9  # what is earlier in a step has the smaller number
 
 
-def first_nonfinite(
-    model: LossModel, batches: Sequence[Batch], step: Tensor, scales: dict[str, Tensor]
-) -> str:
+def first_nonfinite(stages: Stages, masters: Masters, batches: Sequence[Batch]) -> str:
     """For instance "blocks.3.mlp.down (backward)"; leaves gradients and weights as they are.
 
-    `scales` are those of the step (`Step.scales`), with its loss scale.
+    The stages are told before of the step that was not finite (`Stages.begin`), with its scales; `batches` are cut.
+    Every rank has to call it; all give the answer of the rank that was first.
     """
+    found = Found()
+    with _watched(stages, found), torch.compiler.set_stance("force_eager"):
+        if stages.world.mesh is None:
+            _run_alone(stages.models[0], batches, found)
+        else:
+            with masters.set_aside():
+                if not torch.isfinite(stages.passes.run(batches)):
+                    found.note(_LOSS, "the loss")
+    return stages.world.first(found.place, found.text)
+
+
+class Found:
+    """The earliest place that was not finite: forward through the layers, then the loss, then backward."""
+
+    def __init__(self) -> None:
+        self.place, self.text = _NEVER, _NOTHING
+
+    def note(self, place: int, text: str) -> None:
+        """Take it if it is earlier than what was found."""
+        if place < self.place:
+            self.place, self.text = place, text
+
+
+def _run_alone(model: LossModel, batches: Sequence[Batch], found: Found) -> None:
+    """One process: gradients are asked for, so that none reaches a parameter."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
     for number, batch in enumerate(batches):
-        found = _run(model, batch, step, scales)
-        if found:
-            return f"{found}, micro-batch {number}"
-    return "no single module: the sum over micro-batches"
+        loss = model(batch["input_ids"], **batch).sum()
+        if not _is_finite(loss):
+            found.note(_LOSS, "the loss")
+        if found.place > _LOSS:
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            if not all(_is_finite(g) for g in grads if g is not None):
+                found.note(_NEVER - 1, "a weight's gradient")
+        if found.place < _NEVER:
+            found.text += f", micro-batch {number}"
+            return
 
 
-def _run(model: LossModel, batch: Batch, step: Tensor, scales: dict[str, Tensor]) -> str | None:
-    found: list[str] = []
-    parts = [(n, m) for n, m in model.model.named_modules() if n and not any(m.children())]
-    hooks = [module.register_forward_hook(_Watch(found, name)) for name, module in parts]
+@contextmanager
+def _watched(stages: Stages, found: Found) -> Iterator[None]:
+    """Within the block, every module of this rank that has no parts notes what is not finite."""
+    hooks = []
+    for stage in stages.models.values():
+        parts = [(n, m) for n, m in stage.model.named_modules() if n and not any(m.children())]
+        for index, (name, module) in enumerate(parts):
+            hooks.append(module.register_forward_hook(_Watch(found, name, _place(name, index))))
     try:
-        with torch.compiler.set_stance("force_eager"):
-            sums = model(batch, step, scales)
-            loss = torch.stack([sums[term] * scales[term] for term in sums]).sum()
-            if not found and not _is_finite(loss):
-                found.append("the loss")
-            if not found:
-                parameters = [p for p in model.parameters() if p.requires_grad]
-                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-                if not found and not all(_is_finite(g) for g in grads if g is not None):
-                    found.append("a weight's gradient")
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else None
+
+
+def _place(name: str, index: int) -> int:
+    """Where a module stands in the forward pass of the whole model."""
+    area, *rest = name.split(".")
+    layer = {"embed": 0, "blocks": int(rest[0]) + 1 if rest and rest[0].isdigit() else 0}.get(area, 10**5)
+    return layer * 1000 + index % 1000
 
 
 class _Watch:
     """A forward hook that notes its module when what comes out of it, or back into it, is not finite."""
 
-    def __init__(self, found: list[str], name: str) -> None:
-        self.found, self.name = found, name
+    def __init__(self, found: Found, name: str, place: int) -> None:
+        self.found, self.name, self.place = found, name, place
 
     def __call__(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         if not _is_finite(output):
-            self.found.append(f"{self.name} (forward)")
+            self.found.note(self.place, f"{self.name} (forward)")
         if output.requires_grad:
             output.register_hook(self._backward)
 
     def _backward(self, gradient: Tensor) -> None:
         if not _is_finite(gradient):
-            self.found.append(f"{self.name} (backward)")
+            self.found.note(_NEVER - 2 - self.place, f"{self.name} (backward)")
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import lzma
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
 
 from shardwright.data.loader import Loader
 from shardwright.data.manifest import Manifest
@@ -20,27 +21,37 @@ from shardwright.data.remote import is_remote
 from shardwright.data.shards import Shard
 from shardwright.data.stream import ValidationStream
 from shardwright.data.tokenizers import Tokenizer
-from shardwright.train.step import Batch, LossModel
+from shardwright.log import Bar, progress
+from shardwright.parallel.mesh import World
+from shardwright.train.stages import Batch, Stages
 
 XZ_LIMIT = 64 << 20  # bytes of text: above this, compressing it takes minutes
+XZ_CHUNK = 1 << 20
+BAR_SECONDS = 2.0
 
 
 class Validation:
     """A validation split as batches of a fixed shape, the same at every evaluation."""
 
-    def __init__(
-        self, stream: ValidationStream, packing: Packing, *, length: int, batch: int, device: torch.device
-    ) -> None:
-        self.stream, self.packing, self.length, self.batch, self.device = stream, packing, length, batch, device
+    def __init__(self, stream: ValidationStream, packing: Packing, *, length: int, batch: int, world: World) -> None:
+        self.stream, self.packing, self.length, self.batch, self.world = stream, packing, length, batch, world
 
-    def batches(self, most: int | None = None) -> Iterator[Batch]:
-        """Batches until the split ends or `most` tokens were read."""
-        plan = Plan(global_batch=self.batch, micro_batch=self.batch, lanes=1)
-        tokens = 0
-        with Loader(self.stream, plan, self.packing, workers="thread", device=self.device) as loader:
+    def batches(self, most: int | None = None, at_once: int = 1) -> Iterator[list[Batch]]:
+        """This rank's batches, `at_once` at a time, until the split ends or all ranks read `most` tokens.
+
+        Every rank gets the same number; the last ones are filled up with rows of weight zero.
+        """
+        ranks, index = self.world.degree("data"), self.world.index("data")
+        size = self.batch * at_once * ranks
+        plan = Plan(global_batch=size, micro_batch=self.batch, lanes=1, data_rank=index, data_size=ranks)
+        tokens, total = 0, self.stream.num_sequences * self.length
+        bar = late_progress(total if most is None else min(most, total), "tokens", "evaluate")
+        loader = Loader(self.stream, plan, self.packing, workers="thread", device=self.world.device)
+        with loader, bar as advance:
             for step in loader.start():
-                yield from step.micro_batches
+                yield fill_up(step.micro_batches, at_once)
                 tokens += step.count * self.length
+                advance(step.count * self.length)
                 if most is not None and tokens >= most:
                     return
 
@@ -49,36 +60,62 @@ class Validation:
         return self.stream.text_bytes * targets / self.stream.num_tokens
 
 
+@contextmanager
+def late_progress(total: float, unit: str, description: str) -> Iterator[Callable[[float], None]]:
+    """A bar that shows once the job has taken BAR_SECONDS: most evaluations are over before. Gives its `advance`."""
+    begin, done = time.monotonic(), 0.0
+    bar: Bar | None = None
+    with ExitStack() as stack:
+
+        def advance(count: float) -> None:
+            nonlocal bar, done
+            count = min(count, total - done)
+            done += count
+            if bar is not None:
+                bar.advance(count)
+            elif time.monotonic() - begin > BAR_SECONDS:
+                bar = stack.enter_context(progress(total, unit, description, completed=done))
+
+        yield advance
+
+
+def fill_up(batches: Sequence[Batch], size: int) -> list[Batch]:
+    """`size` batches: those given, then the last of them again with weights of zero."""
+    empty = {**batches[-1], "weights": torch.zeros_like(batches[-1]["weights"])}
+    return [*batches, *[empty] * (size - len(batches))]
+
+
 def evaluate(
-    model: LossModel, validation: Validation, most: int | None = None, stop: Callable[[], bool] = lambda: False
+    stages: Stages, validation: Validation, most: int | None = None, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, float] | None:
     """`val_loss`, `val_perplexity` and `val_bits_per_byte`; the host reads the device once, at the end.
 
-    None where `stop`, asked before each batch, says to leave.
+    None where `stop`, asked before each batch and the same on every rank, says to leave.
     """
-    training = model.training
-    model.eval()
-    step = torch.zeros((), dtype=torch.int64, device=validation.device)
-    total = torch.zeros(2, dtype=torch.float64, device=validation.device)
-    with torch.no_grad():
-        for batch in validation.batches(most):
-            if stop():
-                break
-            sums, counts = model(batch, step), model.objective.count(batch)
-            total += torch.stack([_sum(sums), _sum(counts)])
-    model.train(training)
-    if stop():
+    world, device = stages.world, stages.world.device
+    stages.train(False)
+    stages.begin(torch.zeros((), dtype=torch.int64, device=device))
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    targets = torch.zeros_like(nats)
+    stopped = False
+    for batches in validation.batches(most, stages.passes.at_once):
+        stopped = stop()
+        if stopped:
+            break
+        batches = [stages.cut(batch) for batch in batches]
+        nats += stages.passes.evaluate(batches).double().sum()
+        targets += stages.counts(batches).sum()
+    stages.train(True)
+    if stopped:
         return None
-    nats, targets = total.tolist()
-    return figures(nats, targets, validation.text_bytes(targets))
+    nats = world.sum(nats) / world.degree("tensor")  # every rank of a tensor axis has the whole loss
+    found = torch.stack([nats, targets]).tolist()
+    return _figures(found[0], found[1], validation)
 
 
-def _sum(terms: dict[str, Tensor]) -> Tensor:
-    return torch.stack([t.double() for t in terms.values()]).sum()
-
-
-def figures(nats: float, targets: float, text_bytes: float) -> dict[str, float]:
+def _figures(nats: float, targets: float, validation: Validation) -> dict[str, float]:
     """The three numbers of an evaluation, from its sums."""
+    text_bytes = validation.text_bytes(targets)
     loss = nats / max(targets, 1)
     return {
         "val_loss": loss,
@@ -106,4 +143,11 @@ def split_text(manifests: Sequence[Manifest], tokenizer: Tokenizer) -> bytes | N
 
 def xz_bits_per_byte(text: bytes) -> float:
     """Bits that `xz -9e` needs for a byte of this text: the figure a language model has to beat."""
-    return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / max(len(text), 1)
+    compressor = lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME)
+    size = 0
+    with late_progress(len(text), "bytes", "compress with xz") as advance:
+        for start in range(0, len(text), XZ_CHUNK):
+            chunk = text[start : start + XZ_CHUNK]
+            size += len(compressor.compress(chunk))
+            advance(len(chunk))
+    return 8 * (size + len(compressor.flush())) / max(len(text), 1)

@@ -38,14 +38,27 @@ class Loaded:
 def load(path: str | Path, *, device: str = "auto") -> Loaded:
     """The float32 model of a run folder (its newest whole checkpoint) or of one checkpoint, in evaluation mode.
 
-    ConfigError where nothing whole lies there.
+    ConfigError where nothing whole lies there or its tokenizer is another than in training, CheckpointError where the
+    checkpoint's model is not the config's.
     """
     folder, checkpoint = _locate(Path(path))
     config = read_config(folder / CONFIG)
+    tokenizer = _load_tokenizer(folder, config)
     model = build_model(config.model)  # type: ignore[arg-type]
     weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    load_checkpoint(checkpoint, weights, partial_load=True)
-    return Loaded(model.to(choose_device(device)).eval(), Tokenizer.load(folder), config, checkpoint)
+    load_checkpoint(checkpoint, weights, within="model.")
+    return Loaded(model.to(choose_device(device)).eval(), tokenizer, config, checkpoint)
+
+
+def _load_tokenizer(folder: Path, config: Config) -> Tokenizer:
+    tokenizer = Tokenizer.load(folder, end_of_document=config.data.end_of_document)
+    expected = config.data.tokenizer
+    if expected not in (None, tokenizer.sha256):
+        raise ConfigError(
+            f"{folder / tokenizer.file}: is not the tokenizer of the training (sha256 {tokenizer.sha256[:12]}..., "
+            f"{CONFIG} says {expected[:12]}...); restore it, for example from the prepared folder"
+        )
+    return tokenizer
 
 
 def _locate(path: Path) -> tuple[Path, Path]:

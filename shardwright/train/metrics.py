@@ -7,6 +7,7 @@ written whole, cut back to the resumed step before a run goes on. The other outp
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import math
 import os
@@ -23,9 +24,11 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from shardwright.config import ConfigError, RunError
+from shardwright.config import ConfigError
 from shardwright.hardware import Peak
 from shardwright.log import console, duration, get_logger, is_quiet, quantity
+from shardwright.train.events import EventFile, numbers
+from shardwright.train.writing import writing
 
 Fields = Mapping[str, float | int | str | None]
 
@@ -92,11 +95,12 @@ class MetricsLog:
         self._write = write
         if not write:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        truncate(folder / METRICS, resume_step)
         self._path = folder / METRICS
-        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._tensorboard = _open_tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
+        with writing(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
+            truncate(self._path, resume_step)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._tensorboard = EventFile(folder / "tensorboard", read_metrics(folder)) if tensorboard else None
         self._wandb = _open_wandb(wandb, folder, config or {}) if wandb else None
         self._display = _display(resume_step, total_steps)
 
@@ -109,13 +113,10 @@ class MetricsLog:
             return
         record = _record(step, fields)
         self._append(record)
-        numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
         if self._tensorboard:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(tag(name), value, step)
-            self._tensorboard.flush()  # after a kill, TensorBoard knows what metrics.jsonl knows
+            self._tensorboard.add(record)
         if self._wandb:
-            self._wandb.log(numbers, step=step)
+            self._wandb.log(numbers(record), step=step)
         self._display.show(record)
 
     def advance(self, step: int, progress: float) -> None:
@@ -145,22 +146,9 @@ class MetricsLog:
 
     def _append(self, record: Mapping[str, Any]) -> None:
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        try:
-            written = os.write(self._file, line)
-            if written != len(line):
-                raise OSError(28, "no space left on the device")
-        except OSError as error:
-            raise RunError(
-                f"{self._path}: cannot be written: {error.strerror}; free space and start the same command again"
-            ) from None
-
-
-def tag(name: str) -> str:
-    """TensorBoard's tag of a field: `val_loss` -> `validation/loss`, `mfu` -> `speed/mfu`, else `train/...`."""
-    if name.startswith("val_"):
-        return f"validation/{name.removeprefix('val_')}"
-    speed = name.endswith(("_s", "_gib", "_kwh")) or name == "mfu"
-    return f"{'speed' if speed else 'train'}/{name}"
+        with writing(self._path):
+            if os.write(self._file, line) != len(line):
+                raise OSError(errno.ENOSPC, "no space left on the device")
 
 
 def truncate(path: Path, step: int) -> None:
@@ -181,15 +169,15 @@ def truncate(path: Path, step: int) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run folder in their order; a line torn by a kill is left out."""
-    return _read_lines(folder / METRICS)
+    """The records of a run folder in their order; a line torn by a kill, or without a step, is left out."""
+    return [record for record in _read_lines(folder / METRICS) if isinstance(record.get("step"), int)]
 
 
 def record_start(folder: Path, step: int, **facts: Any) -> None:
     """Add one line about this start of the run to starts.jsonl: parameters, device, versions, MFU's denominator..."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / STARTS).open("a", encoding="utf-8") as file:
+    with writing(folder / STARTS), (folder / STARTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "utc": now, **facts}) + "\n")
 
 
@@ -307,27 +295,6 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             found.append(json.loads(line))
     return [record for record in found if isinstance(record, dict)]
-
-
-def _open_tensorboard(folder: Path, resume_step: int) -> Any:
-    """A writer whose first event purges every step after `resume_step`."""
-    from torch.utils.tensorboard import SummaryWriter  # over a second to import
-
-    _wait_for_a_later_name(folder)
-    writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
-    writer.flush()
-    return writer
-
-
-def _wait_for_a_later_name(folder: Path) -> None:
-    """Event files are read in the order of their names, which hold the second: a restart must not share it.
-
-    Without this the purge of a run that is killed and restarted within one second may come before what it purges.
-    """
-    stamps = [int(f.name.split(".")[3]) for f in folder.glob("events.out.tfevents.*")]
-    deadline = time.monotonic() + 2
-    while stamps and int(time.time()) <= max(stamps) and time.monotonic() < deadline:
-        time.sleep(0.02)
 
 
 def _open_wandb(project: str, folder: Path, config: Mapping[str, Any]) -> Any | None:

@@ -7,6 +7,7 @@ all ranks share; the loop only walks. State that a restart needs is `Position` a
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ import psutil
 import torch
 
 from shardwright.checkpoint import CheckpointWriter, DamagedError, discard_newer, find_newest, load
+from shardwright.checkpoint.ranks import Ranks, open_ranks
 from shardwright.config import Config, RunError
 from shardwright.data.loader import Loader, StepBatch
 from shardwright.hardware import EnergyMeter, device_name, known_peak, measured_peak, versions
 from shardwright.log import get_logger
 from shardwright.model.count import num_flops, num_parameters
-from shardwright.parallel.mesh import World, build_world
+from shardwright.parallel.mesh import World, join_world, world_size
 from shardwright.parallel.precision import FORMATS
+from shardwright.parallel.refusals import check_layout
 from shardwright.train.build import (
     Corpus,
     build_corpus,
@@ -37,6 +40,7 @@ from shardwright.train.diagnose import first_nonfinite
 from shardwright.train.evaluate import Validation, evaluate, split_text, xz_bits_per_byte
 from shardwright.train.folder import CHECKPOINTS, open_run_folder
 from shardwright.train.guard import DelayedRead
+from shardwright.train.layout import build_facts
 from shardwright.train.metrics import MetricsLog, Utilisation, read_metrics, record_start
 from shardwright.train.position import Position, apply_tensors, checkpoint_tensors
 from shardwright.train.profile import StepProfiler
@@ -52,25 +56,39 @@ def train(config: Config) -> Result:
 
     Raises ConfigError for what the user has to mend and RunError where the run cannot go on.
     """
-    world = build_world(config.train.device, config.train.threads)
     corpus = build_corpus(config)
     fit_to_corpus(config, corpus)
-    folder, checkpoint = open_run_folder(config)
-    corpus.tokenizer.save(folder)
-    with Signals() as signals, Run(config, world, corpus, folder, signals) as run:
-        run.begin(checkpoint)
-        run.loop()
-        return run.finish()
+    check_layout(build_facts(config, world_size()))
+    with join_world(config.train.device, config.train.threads, config.parallel) as world, open_ranks() as ranks:
+        checkpoint = _open_folder(config, corpus, ranks)
+        with Signals() as signals, Run(config, world, ranks, corpus, signals) as run:
+            run.begin(checkpoint)
+            run.loop()
+            return run.finish()
+
+
+def _open_folder(config: Config, corpus: Corpus, ranks: Ranks) -> Path | None:
+    """Make or enter the run folder, on rank 0; the checkpoint to go on from, on every rank."""
+
+    def enter() -> str:
+        folder, checkpoint = open_run_folder(config)
+        corpus.tokenizer.save(folder)
+        return str(checkpoint or "")
+
+    found = ranks.share(ranks.together("opening the run folder", enter if ranks.rank == 0 else None) or "")
+    return Path(found) if found else None
 
 
 class Run:
-    """One run in one process, between its start and its end."""
+    """One run as one rank sees it, between its start and its end."""
 
-    def __init__(self, config: Config, world: World, corpus: Corpus, folder: Path, signals: Signals) -> None:
-        self.config, self.world, self.corpus, self.folder, self.signals = config, world, corpus, folder, signals
+    def __init__(self, config: Config, world: World, ranks: Ranks, corpus: Corpus, signals: Signals) -> None:
+        self.config, self.world, self.ranks, self.corpus, self.signals = config, world, ranks, corpus, signals
+        self.folder = folder = Path(config.run or "")
         self.position = Position()
+        self.stopped = False  # by a signal on any rank, and known to all of them
         self.course = Course(config)
-        self.clock = Clock(folder, self.course.progress)
+        self.clock = Clock(folder, self.course.progress, world)
         self.loader: Loader = build_loader(config, world, self.course.ramp)
         self.step = build_step(config, world)
         self.pending, self.energy = DelayedRead(), EnergyMeter(world.device)
@@ -108,29 +126,32 @@ class Run:
             self._restore(checkpoint)
         elif "rollback" in (self.config.guard.nonfinite, self.config.guard.spike):
             self._save()  # the place that a roll-back before the first checkpoint goes to
-        read_result(self.folder, self.position.step)  # one of another end is removed
+        if self.world.leads:
+            read_result(self.folder, self.position.step)  # one of another end is removed
         self._open_metrics()
         self._start_clock()
         self._place_loader()
         parameters = num_parameters(self.config.model)["total"]  # type: ignore[arg-type]
         name = device_name(self.world.device)
         log.info("%s on %s: %s parameters; %s", self.folder, name, f"{parameters:,}", self.utilisation.describe())
-        record_start(
-            self.folder,
-            self.position.step,
-            parameters=parameters,
-            device=name,
-            num_devices=self.world.size,
-            mfu_basis=self.utilisation.describe(),
-            versions=versions(("torch", "numpy", "shardwright")),
-        )
+        if self.world.leads:
+            record_start(
+                self.folder,
+                self.position.step,
+                parameters=parameters,
+                device=name,
+                num_devices=self.world.size,
+                layout=self.world.describe(),
+                mfu_basis=self.utilisation.describe(),
+                versions=versions(("torch", "numpy", "shardwright")),
+            )
 
     def _restore(self, checkpoint: Path) -> None:
         tensors = checkpoint_tensors(self.step)
         try:
             state = load(checkpoint, tensors)
         except DamagedError as error:
-            older, _ = find_newest(self.folder / CHECKPOINTS, deep=True)
+            older = self._newest(deep=True)
             if older is None:
                 raise
             log.warning("%s; going on from %s instead", error, older)
@@ -141,6 +162,16 @@ class Run:
         self.course.progress.load_state(self.position.progress)
         log.info("resuming after step %d from %s", self.position.step, checkpoint)
 
+    def _newest(self, *, deep: bool = False) -> Path | None:
+        """The newest whole checkpoint, as rank 0 finds it."""
+
+        def find() -> str:
+            return str(find_newest(self.folder / CHECKPOINTS, deep=deep)[0] or "")
+
+        mine = self.ranks.together("looking for a checkpoint", find if self.world.leads else None)
+        found = self.ranks.share(mine or "")
+        return Path(found) if found else None
+
     def _open_metrics(self) -> None:
         self.metrics = MetricsLog(
             self.folder,
@@ -149,11 +180,12 @@ class Run:
             tensorboard=self.config.log.tensorboard,
             wandb=self.config.log.wandb,
             config=self.config.model_dump(mode="json"),
+            write=self.world.leads,
         )
         self._stack.callback(lambda: self.metrics.close())
 
     def _place_loader(self) -> None:
-        plan = build_plan(self.config, self.course.ramp, self.position.excluded)
+        plan = build_plan(self.config, self.world, self.course.ramp, self.position.excluded)
         self.loader.start(self.position.step, self.position.drawn, plan)
 
     def _start_clock(self, *, replay: bool = True) -> None:
@@ -171,10 +203,12 @@ class Run:
 
     def _is_over(self) -> bool:
         """Whether to leave the loop; the last step is then judged, logged and saved."""
-        if not self._is_done() and not self._is_stopped():
+        if self.world.size == 1:
+            self.stopped = self.signals.received is not None
+        if not self._is_done() and not self.stopped:
             return False
         if self._judge():
-            return self._is_stopped()
+            return self.stopped
         if self._logged_step != self.position.step:
             self._log_step()
         if self._saved_step != self.position.step:
@@ -195,7 +229,7 @@ class Run:
             return
         self.lr_factor = self.course.factor(self.position, batch.count, self.clock.step_seconds)
         self.clock.record(self.position.step)
-        self.pending.put(self.step.update(self.lr_factor))
+        self.pending.put(self.step.update(self.lr_factor, stop=self.signals.received is not None))
         self.last = batch
         self.position.step += 1
         self.position.drawn += batch.count
@@ -231,6 +265,7 @@ class Run:
         if numbers is None:
             return False
         self.outcome = outcome = Outcome.read(numbers)
+        self.stopped = self.stopped or outcome.stop
         if not (outcome.overflow or outcome.spike):
             return False
         return self._intervene(outcome)
@@ -266,18 +301,19 @@ class Run:
         if not outcome.overflow:
             return f"{where}: the loss {outcome.loss:.4f} is a spike"
         number = torch.tensor(self.position.step - 1, device=self.world.device)
-        batches = self.last.micro_batches
+        batches = [self.step.stages.cut(batch) for batch in self.last.micro_batches]
         # The scale has fallen since.
         ratio = outcome.loss_scale / self.step.scaler.scale
         scales = {term: scale * ratio for term, scale in self.step.scales(batches).items()}
-        module = first_nonfinite(self.step.model, batches, number, scales)
+        self.step.stages.begin(number, scales)
+        module = first_nonfinite(self.step.stages, self.step.masters, batches)
         return f"{where}: not finite, first in {module}"
 
     def _roll_back(self, what: str) -> None:
         """Return to the newest checkpoint; the sequences from the bad step to now are never taken again."""
         assert self.last is not None
         self.writer.wait()
-        checkpoint, _ = find_newest(self.folder / CHECKPOINTS)
+        checkpoint = self._newest()
         if checkpoint is None:
             raise RunError(f"{what}: no checkpoint to roll back to; set checkpoint.every")
         excluded = (self.last.first, self.last.last + 1)
@@ -286,7 +322,8 @@ class Run:
         self.position.interventions, self.position.elapsed = interventions, elapsed
         self.position.excluded.append(excluded)
         self.course.progress.rewind(self.position.step)
-        discard_newer(self.folder / CHECKPOINTS, self.position.step)
+        if self.world.leads:
+            discard_newer(self.folder / CHECKPOINTS, self.position.step)
         log.warning("%s; back to step %d, without sequences %d to %d", what, self.position.step, *excluded)
         self.metrics.close()
         self._open_metrics()
@@ -331,7 +368,7 @@ class Run:
         begin = time.monotonic()
         if self._validation is None:
             self._validation = build_validation(self.config, self.world)
-        figures = evaluate(self.step.model, self._validation, most, self._is_stopped)
+        figures = evaluate(self.step.stages, self._validation, most, self._is_asked_to_stop)
         if figures is not None:
             self.metrics.log(self.position.step, figures)
         self._logged_at += time.monotonic() - begin  # a pause is not part of the training rate
@@ -345,37 +382,53 @@ class Run:
 
     def finish(self) -> Result:
         """The last evaluation, unless it was made before, and what to tell the user."""
-        result = None if self._is_stopped() else read_result(self.folder, self.position.step) or self._conclude()
+        result = None if self.stopped else self._conclude()
         self.writer.wait()
         if result is None:
             reason, step = self.signals.received, self.position.step
-            log.info("stopped by %s after step %d, all saved; the same command goes on", reason, step)
+            log.info("stopped by %s after step %d, all saved; the same command goes on", reason or "a rank", step)
             return Result(str(self.folder), step, self.course.tokens(self.position), stopped=True)
         _tell(result)
         return result
 
     def _conclude(self) -> Result | None:
+        """The result that is there already, or that of a last evaluation; None where that was asked to stop."""
         step = self.position.step
-        # A run killed after this evaluation has its figures already.
-        known = [r for r in read_metrics(self.folder) if r["step"] == step and "val_loss" in r]
-        figures = known[-1] if known else self._evaluate(None)
+        known = self._known_result() if self.world.leads else None
+        if self.world.any(known is not None):
+            return known or Result(str(self.folder), step, self.course.tokens(self.position), stopped=False)
+        figures = self._evaluate(None)
         if figures is None:
+            self.stopped = True
             return None
-        text = split_text(self.corpus.manifests, self.corpus.tokenizer)
+        return self._result(figures)
+
+    def _known_result(self) -> Result | None:
+        """What a start before this one concluded; a run killed after its last evaluation has the figures already."""
+        found = read_result(self.folder, self.position.step)
+        if found is not None:
+            return found
+        records = [r for r in read_metrics(self.folder) if r["step"] == self.position.step and "val_loss" in r]
+        return self._result(records[-1]) if records else None
+
+    def _result(self, figures: Mapping[str, float]) -> Result:
+        text = split_text(self.corpus.manifests, self.corpus.tokenizer) if self.world.leads else None
         result = Result(
             run=str(self.folder),
-            step=step,
+            step=self.position.step,
             tokens=self.course.tokens(self.position),
             stopped=False,
             val_loss=figures["val_loss"],
             val_bits_per_byte=figures["val_bits_per_byte"],
             xz_bits_per_byte=xz_bits_per_byte(text) if text else None,
         )
-        write_result(self.folder, result)
+        if self.world.leads:
+            write_result(self.folder, result)
         return result
 
-    def _is_stopped(self) -> bool:
-        return self.signals.received is not None
+    def _is_asked_to_stop(self) -> bool:
+        """Whether a signal came to any rank; every rank has to ask."""
+        return self.world.any(self.signals.received is not None)
 
     def _utilisation(self) -> Utilisation:
         device, compute = self.world.device, FORMATS[self.config.precision.compute]

@@ -17,6 +17,8 @@ from shardwright.config import BatchConfig, ConfigError, ScheduleConfig, TrainCo
 Schedule = Callable[[float], float]
 Unit = Literal["steps", "tokens", "seconds"]
 
+_FIRST = 1 / 2000  # least position under a budget: the middle of the first step, if there were a thousand
+
 
 def build_schedule(config: ScheduleConfig, warmup: float | None = None) -> Schedule:
     """The learning-rate factor (0..1 of the peak) as a function of progress 0..1.
@@ -69,23 +71,31 @@ def _fall(t: float, shape: str, floor: float) -> float:
     return floor + (1.0 - floor) * left
 
 
-def resolve_warmup(config: ScheduleConfig, *, steps: int | None, tokens: int | None) -> float:
-    """The warm-up as a fraction of the run, given its whole length in steps and tokens where known.
+def resolve_warmup(config: ScheduleConfig, progress: Progress, ramp: BatchRamp, length: int) -> float:
+    """The warm-up as a fraction of the run, whose sequences have `length` tokens.
 
-    ConfigError where both absolute forms are given, or one that a wall-clock budget cannot turn into a share.
+    Given in the other unit than the run's length, it is turned into that by way of the ramp. ConfigError where both
+    absolute forms are given, or one that a wall-clock budget cannot turn into a share.
     """
-    given = {"warmup_steps": (config.warmup_steps, steps), "warmup_tokens": (config.warmup_tokens, tokens)}
-    named = [(key, value, whole) for key, (value, whole) in given.items() if value is not None]
+    given = {"warmup_steps": config.warmup_steps, "warmup_tokens": config.warmup_tokens}
+    named = {key: value for key, value in given.items() if value is not None}
     if not named:
         return config.warmup
     if len(named) > 1:
         raise ConfigError("schedule.warmup_steps and schedule.warmup_tokens: give one of them")
-    key, value, whole = named[0]
-    if whole is None:
+    ((key, value),) = named.items()
+    if progress.unit == "seconds":
         raise ConfigError(f"schedule.{key}={value}: the length of a run with a budget is unknown; use schedule.warmup")
-    if value > whole:
-        raise ConfigError(f"schedule.{key}={value}: is longer than the run of {whole}; shorten it")
-    return value / whole
+    rise: float = value
+    if key == "warmup_steps" and progress.unit == "tokens":
+        rise = ramp.drawn_after(value) * length
+    elif key == "warmup_tokens" and progress.unit == "steps":
+        rise = ramp.steps_within(value / length)
+    if rise > progress.total:
+        raise ConfigError(
+            f"schedule.{key}={value}: is longer than the run of {progress.total:g} {progress.unit}; shorten it"
+        )
+    return rise / progress.total
 
 
 @dataclass
@@ -117,12 +127,13 @@ class Progress:
         """Position of step `step`, which starts `elapsed` seconds into the run and takes about `step_seconds`.
 
         The first `startup` seconds (building, compiling) are part of the budget, but not of the schedule.
-        Time before a resume counts; the caller reads the clock on one rank and tells the others. elapsed=None
-        only replays: ValueError where the trace ends.
+        Until there is a step to go by, `step_seconds` is 0 and the position the least there is, so that no step is
+        spent at a rate of 0. Time before a resume counts; the caller reads the clock on one rank and tells the others.
+        elapsed=None only replays: ValueError where the trace ends.
         """
         assert self.unit == "seconds"
         if step == len(self.trace) and elapsed is not None:
-            latest = self.trace[-1] if self.trace else 0.0
+            latest = self.trace[-1] if self.trace else _FIRST
             position = (elapsed - startup + 0.5 * step_seconds) / max(self.total - startup, 1e-9)
             self.trace.append(max(latest, min(position, 1.0)))
         if step >= len(self.trace):
@@ -189,6 +200,11 @@ class BatchRamp:
         """Fewest steps that draw at least `sequences`; the inverse of `drawn_after` at the end of a step."""
         level = bisect_right(self.drawn, sequences) - 1
         return self.steps[level] - (self.drawn[level] - sequences) // self.sizes[level]
+
+    def steps_within(self, sequences: float) -> float:
+        """Steps that draw `sequences`, the last one in part; `drawn_after` turned round, straight inside a step."""
+        level = bisect_right(self.drawn, sequences) - 1
+        return self.steps[level] + (sequences - self.drawn[level]) / self.sizes[level]
 
     def step_of(self, drawn: int) -> int:
         """Steps finished once `drawn` sequences were drawn; ValueError inside a step."""

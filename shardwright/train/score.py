@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from shardwright.config import ConfigError
 from shardwright.data.manifest import Manifest
 from shardwright.parallel.mesh import World
-from shardwright.train.build import build_objective, build_validation
+from shardwright.train.build import build_objective, build_validation, check_corpus
 from shardwright.train.evaluate import evaluate, split_text, xz_bits_per_byte
-from shardwright.train.load import load
-from shardwright.train.step import LossModel
+from shardwright.train.load import Loaded, load
+from shardwright.train.stages import Loop, LossModel, Stages
 
 
 def evaluate_run(path: str | Path, data: str | None = None) -> dict[str, float]:
     """Loss, perplexity and bits per byte of a run or checkpoint on its own validation split, or that of `data`.
 
-    In float32 and uncompiled. Beside them what xz needs for the same text, where it is one local source.
+    In float32 and uncompiled. Beside them what xz needs for the same text, where it is one local source. ConfigError
+    where the run's own corpus is another now, or where a corpus was prepared with another tokenizer.
     """
     loaded = load(path)
     config = loaded.config
     if data is not None:
-        config.data.path, config.data.sources = data, []
-    device = next(loaded.model.parameters()).device
-    validation = build_validation(config, World(0, 1, device))
+        config.data = config.data.model_copy(update={"path": data, "sources": [], "corpus": []})
+    manifests = [Manifest.load(source.path, config.data.allow) for source in config.data.mixture()]
+    _check_tokenizers(manifests, loaded)
+    check_corpus(config, manifests)
+    world = World(device=next(loaded.model.parameters()).device)
     model = LossModel(loaded.model, build_objective(config), config.train.seed)
-    answer = evaluate(model, validation)
+    answer = evaluate(Stages({0: model}, Loop(model), world), build_validation(config, world))
     assert answer is not None  # nobody asked it to stop
-    text = split_text([Manifest.load(source.path) for source in config.data.mixture()], loaded.tokenizer)
+    text = split_text(manifests, loaded.tokenizer)
     return answer if text is None else {**answer, "xz_bits_per_byte": xz_bits_per_byte(text)}
+
+
+def _check_tokenizers(manifests: Sequence[Manifest], loaded: Loaded) -> None:
+    """ConfigError unless the ids in these corpora mean what they meant in training."""
+    for manifest in manifests:
+        found, own = manifest.tokenizer["sha256"], loaded.tokenizer
+        if found != own.sha256:
+            file = loaded.checkpoint.parent.parent / own.file
+            raise ConfigError(
+                f"{manifest.root}: was prepared with tokenizer {found[:12]}..., the run was trained with "
+                f"{own.sha256[:12]}...; prepare the text with tokenizer.path={file}"
+            )

@@ -83,6 +83,16 @@ def test_a_part_is_loaded_only_when_asked_for(checkpoint: Path, lines: io.String
     assert "restored 1 of 6 tensors" in lines.getvalue()
 
 
+def test_a_part_may_be_all_under_a_prefix(checkpoint: Path, lines: io.StringIO) -> None:
+    part = {name: tensor for name, tensor in zeros().items() if name.startswith("model.")}
+    load(checkpoint, part, within="model.")
+    assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in part.items())
+    assert f"restored {len(part)} of {len(part)} tensors" in lines.getvalue()
+    del part["model.1"]
+    with pytest.raises(CheckpointError, match="1 in the checkpoint but not asked for: model.1"):
+        load(checkpoint, part, within="model.")
+
+
 def test_a_part_reads_and_checks_only_its_bytes(checkpoint: Path) -> None:
     path = checkpoint / "tensors/000/rank_00000.safetensors"
     data = bytearray(path.read_bytes())

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +25,13 @@ from shardwright.data.shards import (
     ShardInfo,
     ShardWriter,
     SplitInfo,
+    map_file,
     read_shard_info,
     shard_path,
 )
 
 SHA = "a" * 64
+SYSFS = Path("/sys/kernel/notes")
 
 
 def write(path: Path, documents: list[list[int]], member_tokens: int = 50, dtype: str = "uint16") -> ShardInfo:
@@ -190,6 +196,46 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         opened(path)
     with pytest.raises(ShardError, match=r"y\.idx: no such file"):
         read_shard_info(tmp_path / "y.tar")
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """Root may read everything: be nobody for a while."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".idx"])
+def test_a_shard_without_read_permission_is_named(suffix: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # whose parents everyone may enter, unlike those of tmp_path
+        os.chmod(folder, 0o755)
+        path = Path(folder) / "x.tar"
+        write(path, documents_of(SIZES))
+        path.with_suffix(suffix).chmod(0)
+        with without_privileges(), pytest.raises(ShardError, match=rf"x\{suffix}: cannot be read: Perm") as error:
+            opened(path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not SYSFS.is_file(), reason="needs sysfs, whose files cannot be mapped")
+def test_a_file_that_cannot_be_mapped_is_named() -> None:
+    with pytest.raises(ShardError, match=r"kernel/notes: cannot be mapped into memory: ") as error:
+        map_file(SYSFS)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_in_place_of_a_shard_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "x.tar", documents_of(SIZES))
+    (tmp_path / "x.idx").unlink()
+    (tmp_path / "x.idx").mkdir()
+    with pytest.raises(ShardError, match=r"x\.idx: cannot be read: Is a directory"):
+        opened(tmp_path / "x.tar")
 
 
 def test_a_shard_keeps_no_file_descriptor_and_pickles(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """doctor: real checks and measurements of this machine, its exit code, and what it says of what is missing."""
 
+import ast
 import importlib
 import json
 import os
@@ -95,10 +96,14 @@ def test_the_table_shows_every_finding_and_remedy(capsys: pytest.CaptureFixture[
     assert "-> pip install 'shardwright[deepspeed]'" in shown
 
 
-def test_every_feature_names_an_extra_that_exists() -> None:
-    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    extras = set(re.findall(r'^    "(\w+)": \[', setup, re.M))
-    assert {feature.extra for feature in checks.FEATURES} <= extras
+def test_every_feature_names_the_extra_that_brings_it() -> None:
+    setup = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    tables = {t.id: n.value for n in setup.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    extras = {extra: {re.split("[>=<]", p)[0] for p in found} for extra, found in ast.literal_eval(tables["EXTRAS"]).items()}
+    for feature in checks.FEATURES:
+        assert set(feature.modules) <= extras[feature.extra], feature.name
+    named = {module for feature in checks.FEATURES for module in feature.modules}
+    assert extras["data"] - named == {"lxml_html_clean"}, "which trafilatura needs"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,6 +13,9 @@ from shardwright.interop.huggingface import write_config
 from shardwright.model.count import activation_bytes, num_flops, num_parameters
 from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.transformer import Context, Inputs, TransformerConfig
+from shardwright.train.settings import read_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 # Parameters of the models that OpenAI and Meta published, as Hugging Face counts them.
 PUBLISHED = {
@@ -30,6 +35,7 @@ VARIANTS: list[dict[str, object]] = [
     {"head_dim": 24, "tied": False, "head_bias": True, "mlp_width": 100},
     {"positions": "sinusoidal", "norm_placement": "post", "embed_norm": True, "norm_bias": False},
     {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "norm_weight": False, "activation": "relu2"},
+    {"norm_weight": False, "qk_norm": True},
 ]
 
 
@@ -66,6 +72,16 @@ def test_size_can_be_changed_by_field_and_is_checked() -> None:
     assert FAMILIES["gpt2"].config.model_validate({"size": "355M"}).width == 1024
     with pytest.raises(ValueError, match="size '125M': expected one of 124M"):
         make("gpt2", size="125M")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name != "hardware"), ids=lambda p: p.stem
+)
+def test_shipped_configs(path: Path) -> None:
+    config = read_config(path, ["model.vocab_size=1000"]).model
+    with torch.device("meta"):
+        model = build_model(config)  # type: ignore[arg-type]
+    assert num_parameters(config)["total"] == sum(p.numel() for p in model.parameters())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -156,6 +156,37 @@ def test_dropout_does_not_depend_on_the_batch_around() -> None:
     assert torch.equal(model.hidden(Inputs(ids)), model.hidden(Inputs(ids, step=9)))
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_tokens_may_stand_in_any_order(option: str, packed: bool) -> None:
+    """Told where queries and keys stand, the model gives each token what it has in its own place."""
+    model = make(option, residual_dropout=0.2, embed_dropout=0.1)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(2))
+    documents, positions = (x.expand(2, 20) for x in pack([10, 3, 7]))
+    inputs = Inputs(tokens(2, 20), sequence=torch.tensor([7, 3]), step=3)
+    places = order.expand(2, 20)
+    mixed = inputs._replace(input_ids=inputs.input_ids[:, order], row_index=places, key_index=places)
+    if packed:
+        inputs = inputs._replace(documents=documents, position_ids=positions)
+        there = documents[:, order]
+        mixed = mixed._replace(documents=there, key_documents=there, position_ids=positions[:, order])
+    torch.testing.assert_close(model.hidden(mixed), model.hidden(inputs)[:, order], atol=1e-5, rtol=1e-5)
+
+
+def test_what_places_of_keys_need_is_said() -> None:
+    model, ids = make("gpt2"), tokens(1, 6)
+    places = torch.arange(6).unsqueeze(0)
+    documents, _ = pack([2, 4])
+    lacking = {
+        "needs row_index": Inputs(ids, key_index=places),
+        "documents of queries": Inputs(ids, row_index=places, key_index=places, documents=documents),
+        "padding": Inputs(ids, row_index=places, key_index=places, attention_mask=torch.ones(1, 6)),
+    }
+    for message, inputs in lacking.items():
+        with pytest.raises(AssertionError, match=message):
+            model.hidden(inputs)
+
+
 @pytest.mark.parametrize("option", ["gpt2", "llama"])
 def test_recomputation_changes_no_bit(option: str) -> None:
     def gradients(recompute: bool) -> list[torch.Tensor]:

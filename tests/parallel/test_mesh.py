@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from shardwright.config import ConfigError
-from shardwright.parallel.mesh import build_world, choose_device
+from shardwright.config import ConfigError, ParallelConfig
+from shardwright.parallel.mesh import build_world, choose_device, mesh_shape
 
 
 def test_one_process_is_the_degenerate_world():
@@ -12,9 +12,24 @@ def test_one_process_is_the_degenerate_world():
     assert (world.rank, world.size, world.leads, world.device) == (0, 1, True, torch.device("cpu"))
 
 
-def test_several_processes_are_refused_with_the_reason():
-    with pytest.raises(ConfigError, match="WORLD_SIZE=2: this version trains in one process"):
-        build_world("cpu", environment={"WORLD_SIZE": "2", "RANK": "1"})
+@pytest.mark.parametrize(
+    ("settings", "size", "shape"),
+    [
+        ({}, 4, (1, 1, 4, 1, 1)),
+        ({"zero": 0}, 4, (1, 4, 1, 1, 1)),
+        ({"shard": 2, "tensor": 2}, 8, (1, 2, 2, 1, 2)),
+        ({"pipeline": 2, "context": 2, "tensor": 2}, 8, (2, 1, 1, 2, 2)),
+    ],
+)
+def test_degrees_become_a_mesh(settings, size, shape):
+    assert mesh_shape(ParallelConfig(**settings), size) == shape
+
+
+def test_degrees_that_do_not_make_the_world_are_said():
+    with pytest.raises(ConfigError, match="tensor=2 does not make the world of 1 process; start 2 or change a degree"):
+        build_world("cpu", parallel=ParallelConfig(tensor=2), environment={})
+    with pytest.raises(ConfigError, match="RANK=None: several processes need the launcher's"):
+        build_world("cpu", environment={"WORLD_SIZE": "2"})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

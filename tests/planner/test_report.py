@@ -214,6 +214,16 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
         report([])
 
 
+def test_a_folder_in_place_of_the_page_is_named_and_stays_as_it_was(tmp_path: Path) -> None:
+    run, place = tmp_path / "run", tmp_path / "place"
+    with MetricsLog(run, tensorboard=False):
+        pass
+    place.mkdir()
+    with pytest.raises(ConfigError, match=r"place: is a folder; name the file, as in --output .*place/report.html"):
+        report(run, place)
+    assert sorted(tmp_path.iterdir()) == [place, run] and list(place.iterdir()) == []
+
+
 def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     folders = [tmp_path / side / "run" for side in ("a", "b")]
     for folder in folders:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from shardwright.config import RunError
 from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.init import apply_init
 from shardwright.model.transformer import LanguageModel
@@ -103,6 +104,21 @@ def test_top_k_and_top_p() -> None:
     assert kept(top_k=2, top_p=0.6) == kept(top_k=2)
 
 
+def test_a_tiny_temperature_takes_the_likeliest() -> None:
+    logits = torch.tensor([1000.0, 1000.0 + 1e-4, -5.0, 1000.0])
+    for temperature in (1e-12, 1e-40, 5e-324):
+        assert probabilities(logits, Sampling(temperature, 0, 1.0)).tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_numbers_that_are_not_finite_are_said(temperature: float) -> None:
+    model = make()
+    with torch.no_grad():
+        model.get_parameter("blocks.1.mlp.down.weight")[0, 0] = float("nan")
+    with pytest.raises(RunError, match="numbers that are not finite"):
+        list(stream_tokens(model, [1], Sampling(temperature), max_new_tokens=1))
+
+
 def test_text_comes_in_whole_characters() -> None:
     model = make()
     says = iter([*"é中".encode(), 256])
@@ -120,8 +136,11 @@ def test_prompt_is_read_after_the_end_of_the_document_before() -> None:
 
 def test_bad_sampling_is_named() -> None:
     for fields, message in [({"temperature": -1.0}, "temperature=-1.0"), ({"top_k": -1}, "top_k=-1"),
-                            ({"top_p": 1.5}, "top_p=1.5")]:  # fmt: skip
+                            ({"top_p": 1.5}, "top_p=1.5"), ({"temperature": float("nan")}, "temperature=nan"),
+                            ({"seed": -1}, "seed=-1"), ({"seed": 2**63}, "seed=9223372036854775808")]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Sampling(**fields)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="prompt: character 3 is no valid UTF-8"):
+        list(stream_text(make(), Bytes(), b"ab\xff".decode(errors="surrogateescape")))
     with pytest.raises(ValueError, match="prompt: is empty"):
         list(stream_tokens(make(), [], max_new_tokens=1))

@@ -14,7 +14,7 @@ from shardwright.config import ConfigError, OptimizerConfig
 from shardwright.train.optim import build_optimizer, load_state_tensors, set_factor, state_tensors
 from shardwright.train.optim.groups import kind_of
 
-NAMES = ("adamw", "adam", "sgd", "adafactor", "muon")
+NAMES = ("adamw", "adam", "sgd", "adafactor", "lamb", "muon")
 OPTIONS = [{"name": name} for name in NAMES] + [
     {"name": "sgd", "momentum": 0.0},
     {"name": "sgd", "nesterov": False},

@@ -155,10 +155,11 @@ def _poison(monkeypatch, at_step: int, factor: float = float("inf")) -> None:
         def _one_step(self) -> None:
             if self.position.step + 1 == at_step and not done:
                 done.append(True)
-                forward = self.step.model.forward
-                self.step.model.forward = lambda *a: {t: v * factor for t, v in forward(*a).items()}
+                model = self.step.stages.models[0]
+                forward = model.forward
+                model.forward = lambda *a, **k: forward(*a, **k) * factor
                 super()._one_step()
-                self.step.model.forward = forward
+                model.forward = forward
                 return
             super()._one_step()
 
@@ -279,9 +280,9 @@ def test_a_signal_in_the_last_evaluation_stops_it_and_the_next_start_makes_it(ti
     config = tiny("evaluate.batch=1")
     original = module.Validation.batches
 
-    def interrupted(self, most=None):
+    def interrupted(self, most=None, at_once=1):
         os.kill(os.getpid(), signal.SIGTERM)
-        yield from original(self, most)
+        yield from original(self, most, at_once)
 
     with monkeypatch.context() as patch:
         patch.setattr(module.Validation, "batches", interrupted)

@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwright.config import BatchConfig, ConfigError, RampConfig, ScheduleConfig, TrainConfig
+from shardwright.train.course import Course
+from shardwright.train.position import Position
 from shardwright.train.schedule import build_progress, build_ramp, build_schedule, resolve_warmup
+from shardwright.train.settings import read_config
 
 ROOT = math.sqrt(0.5)
 TABLE = [
@@ -66,6 +69,7 @@ def test_same_as_hugging_face() -> None:
         assert [ours(s / 200) for s in range(200)] == pytest.approx(list(theirs(build, **options)), abs=1e-9), name
 
 
+@settings(deadline=None)
 @given(
     name=st.sampled_from(["cosine", "linear", "inverse_sqrt", "wsd", "constant"]),
     warmup=st.floats(0.001, 0.5),
@@ -100,18 +104,45 @@ def test_wrong_settings_get_one_line(options: dict, warmup: float | None, said: 
 
 
 def test_warmup_in_steps_or_tokens() -> None:
-    assert resolve_warmup(ScheduleConfig(warmup=0.3), steps=None, tokens=None) == 0.3
-    assert resolve_warmup(ScheduleConfig(warmup_steps=25), steps=100, tokens=None) == 0.25
+    ramp = build_ramp(BatchConfig(sequences=8), 8)
+
+    def resolve(schedule: dict, train: dict) -> float:
+        return resolve_warmup(ScheduleConfig(**schedule), build_progress(TrainConfig(**train)), ramp, 64)
+
+    assert resolve({"warmup": 0.3}, {"budget": "1h"}) == 0.3
+    assert resolve({"warmup_steps": 25}, {"steps": 100}) == 0.25
     # GPT-3: 375 million of 300 billion tokens
-    gpt3 = ScheduleConfig(warmup_tokens=375_000_000)
-    assert resolve_warmup(gpt3, steps=None, tokens=300_000_000_000) == pytest.approx(0.00125)
-    for config, steps, said in [
-        (ScheduleConfig(warmup_steps=25), None, "use schedule.warmup"),
-        (ScheduleConfig(warmup_steps=25), 20, "longer than the run"),
-        (ScheduleConfig(warmup_steps=25, warmup_tokens=5), 100, "one of them"),
+    assert resolve({"warmup_tokens": 375_000_000}, {"tokens": 300_000_000_000}) == pytest.approx(0.00125)
+    assert resolve({"warmup_steps": 25}, {"tokens": 100 * 8 * 64}) == 0.25
+    assert resolve({"warmup_tokens": 25 * 8 * 64 + 256}, {"steps": 100}) == 0.255, "in part of a step"
+    for schedule, train, said in [
+        ({"warmup_steps": 25}, {"budget": "1h"}, "use schedule.warmup"),
+        ({"warmup_steps": 25}, {"steps": 20}, "longer than the run of 20 steps"),
+        ({"warmup_tokens": 20 * 8 * 64 + 1}, {"steps": 20}, "longer than the run of 20 steps"),
+        ({"warmup_steps": 25, "warmup_tokens": 5}, {"steps": 100}, "one of them"),
     ]:
         with pytest.raises(ConfigError, match=said):
-            resolve_warmup(config, steps=steps, tokens=None)
+            resolve(schedule, train)
+
+
+@pytest.mark.parametrize("schedule", [{"warmup_steps": 6}, {"warmup_tokens": 16 * 64}])
+@pytest.mark.parametrize("train", [{"steps": 40}, {"tokens": 300 * 64}])
+def test_a_warmup_under_a_ramp_ends_where_it_says(schedule: dict, train: dict) -> None:
+    """Steps of 2, 2, 2, 2, 4, 4 sequences make the first 16: whatever the run's length is given in."""
+    settings = {
+        "model": {"family": "gpt2"},
+        "objective": {"name": "causal"},
+        "data": {"sequence_length": 64},
+        "batch": {"sequences": 8, "micro": 2, "ramp": {"start": 2, "increment": 2, "sequences": 24}},
+    }
+    course = Course(read_config({**settings, "train": train, "schedule": schedule}))
+    position, factors = Position(), []
+    for _ in range(9):
+        count = course.ramp.batch_at(position.drawn)
+        factors.append(course.factor(position, count, 0.0))
+        position.step, position.drawn = position.step + 1, position.drawn + count
+    assert factors[5] < 1.0 and factors[5] > 0.8, "the sixth step is the last of the warm-up"
+    assert factors == sorted(factors[:6]) + sorted(factors[6:], reverse=True)
 
 
 def test_steps_and_tokens_are_placed_at_the_middle_of_a_step() -> None:
@@ -142,6 +173,14 @@ def test_a_budget_ends_with_the_budget_and_its_trace_replays() -> None:
     assert replayed.at_clock(3, 999.0) == positions[3]
     with pytest.raises(ValueError, match="no position of"):
         replayed.at_clock(len(positions), None)
+
+
+def test_a_budget_gives_a_place_to_steps_before_there_is_one_to_go_by() -> None:
+    """The first step starts at 0; the second has the first behind it, which built and compiled and tells nothing."""
+    live = build_progress(TrainConfig(budget="2m"))
+    positions = [live.at_clock(0, 0.0), live.at_clock(1, 30.0, startup=30.0)]
+    assert all(0 < position < 0.001 for position in positions)
+    assert live.at_clock(2, 40.0, 10.0, startup=30.0) == pytest.approx(15 / 90)
 
 
 def test_a_budget_resumed_or_rolled_back_goes_on_from_the_clock() -> None:
@@ -178,7 +217,7 @@ def test_ramp_table() -> None:
         build_ramp(ramp_config(9, 1, 24, 8), 8)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     start=st.integers(1, 40),
     increment=st.integers(1, 20),

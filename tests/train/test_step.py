@@ -41,7 +41,7 @@ def _batch(seed: int, rows: int = 2, length: int = 48):
 def test_gradients_are_those_of_the_mean_over_all_micro_batches(family):
     step = build_step(_config(family=family), WORLD)
     batches = [_batch(seed) for seed in range(3)]
-    model = copy.deepcopy(step.model.model).double()
+    model = copy.deepcopy(step.stages.models[0].model).double()
     step.accumulate(batches, torch.tensor(0))
     total = sum(_plain_loss(model, b) for b in batches) / sum(b["weights"].sum() for b in batches)
     total.backward()

@@ -51,38 +51,59 @@ def read_warc(stream: io.BufferedReader) -> Iterator[tuple[str, tuple[str, Any]]
     except ImportError:
         raise ConfigError("WARC and WET files need warcio: pip install 'shardwright[data]'") from None
     number = 0
+    # HTTP headers are parsed here: there warcio takes the end of the file for the end of the records.
+    archive = ArchiveIterator(_Pieces(stream), no_record_parse=True)
     try:
-        for number, record in enumerate(ArchiveIterator(stream), 1):
-            found = _warc_record(record, f"record {number}")
+        for number, record in enumerate(archive, 1):
+            found = _warc_record(archive.loader, record, f"record {number}")
             if found is not None:
                 yield f"record {number}", found
+    except ConfigError:
+        raise
     except (ArchiveLoadFailed, ValueError) as error:  # ValueError: a length that is no number
         raise BrokenInput(f"record {number + 1}", f"not a valid WARC record: {str(error).strip()[:80]}") from None
 
 
-def _warc_record(record: Any, where: str) -> tuple[str, Any] | None:
-    """The page or text of a record, None for requests, images and failures."""
-    length = record.rec_headers.get_header("Content-Length", "0")
+class _Pieces:
+    """Hands a stream on as it comes: reading full pieces would lose what stands before a break."""
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self.read = stream.read1
+
+
+def _warc_record(loader: Any, record: Any, where: str) -> tuple[str, Any] | None:
+    """The page or text of a record, None for requests, images and failures; BrokenInput for one that is not whole."""
+    length = record.rec_headers.get_header("Content-Length" if record.format == "warc" else "length")
+    if length is None:
+        raise BrokenInput(where, "its header is cut off or lacks a Content-Length; fetch the file again")
     if not length.isdecimal():
         raise BrokenInput(where, f"its Content-Length is {length!r}, expected a number; fetch the file again")
-    if record.rec_type not in ("response", "conversion"):
-        return None
+    found: tuple[str, Any] | None = None
     if record.rec_type == "conversion":
-        data = record.content_stream().read()
-        if len(data) != int(record.rec_headers.get_header("Content-Length", len(data))):
-            raise BrokenInput(where, "the record is cut off; fetch the file again")
-        return TEXT, data
+        found = TEXT, record.content_stream().read()
+    elif record.rec_type == "response":
+        found = _response(loader, record, int(length))
+    while record.raw_stream.read(1 << 16):
+        pass
+    if record.raw_stream.limit > 0:  # what the record's stated length still lacks
+        raise BrokenInput(where, "the record is cut off; fetch the file again")
+    return found
+
+
+def _response(loader: Any, record: Any, length: int) -> tuple[str, Any] | None:
+    """The web page of a response, None where there is none."""
+    address = record.rec_headers.get_header("WARC-Target-URI") or ""
+    try:
+        record.http_headers = loader.load_http_headers("response", address or "http:", record.raw_stream, length)
+    except EOFError:  # the file ends, which the caller finds
+        return None
     if record.http_headers is None or record.http_headers.get_statuscode() != "200":
         return None
     media_type, _, parameters = (record.http_headers.get_header("Content-Type") or "").lower().partition(";")
-    media_type = media_type.strip()
-    if media_type not in PAGE_TYPES:
+    if media_type.strip() not in PAGE_TYPES:
         return None
-    data = record.content_stream().read()
-    if record.raw_stream.limit > 0:  # what the record's stated length still lacks
-        raise BrokenInput(where, "the record is cut off; fetch the file again")
     charset = _CHARSET.search(parameters)
-    return HTML, (data, record.rec_headers.get_header("WARC-Target-URI") or "", charset[1] if charset else "")
+    return HTML, (record.content_stream().read(), address, charset[1] if charset else "")
 
 
 def read_wikipedia(stream: io.BufferedReader) -> Iterator[tuple[str, tuple[str, Any]]]:
@@ -93,6 +114,9 @@ def read_wikipedia(stream: io.BufferedReader) -> Iterator[tuple[str, tuple[str, 
     try:
         events = ElementTree.iterparse(stream, events=("start", "end"))
         _, root = next(events)
+        if _local(root.tag) != "mediawiki":
+            reason = f"expected a Wikipedia dump (<mediawiki>), found XML of <{_local(root.tag)}>; take it out"
+            raise BrokenInput("start", reason)
         for event, element in events:
             if event == "end" and _local(element.tag) == "page":
                 number += 1

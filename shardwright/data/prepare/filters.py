@@ -23,6 +23,7 @@ from shardwright.data.prepare.readers import read_inputs
 from shardwright.data.prepare.records import BROKEN, END, HTML, JSON, WIKI
 from shardwright.data.prepare.wikitext import article_text
 from shardwright.data.prepare.words import run_hashes, word_hashes
+from shardwright.log import get_logger
 
 _EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][\w.%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w-])", re.A)
 _LANGUAGE_SAMPLE = 4000  # characters from the middle: beginnings are often titles and menus
@@ -150,23 +151,45 @@ def _identifier() -> Any:
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
-def contamination_of(files: list[InputFile], config: PrepareConfig, facts: list[dict[str, str]]) -> np.ndarray:
-    """Sorted numbers of all runs of words in evaluation files, uint64; `facts` gains name and sha256 of each file.
+def contamination_of(files: list[InputFile], config: PrepareConfig, facts: list[dict[str, Any]]) -> np.ndarray:
+    """Sorted numbers of all runs of words in evaluation files, uint64; `facts` gains name, sha256, counts of each file.
 
     Each file is read by its own format. Of JSON, CSV and Parquet every string counts (question, choices, answer), of
-    other formats the text. Texts shorter than a run cannot be found again. Broken evaluation files are always an error.
+    other formats the text. Records whose texts are all shorter than a run cannot be found again: they are warned of,
+    and a file of nothing else is an error, as a broken one always is.
     """
+    length = config.filters.decontaminate_words
     runs = [np.empty(0, np.uint64)]
+    longest: list[int] = []  # words of the longest text of each record of the file
     for record in read_inputs(files, config.model_copy(update={"format": "auto"}), every_field=True):
-        name = files[record.file].shown
+        file = files[record.file]
         if record.kind == BROKEN:
-            raise ConfigError(f"filters.decontaminate: {name}: {record.where}: {record.data}")
+            raise ConfigError(f"filters.decontaminate: {file.shown}: {record.where}: {record.data}")
         if record.kind == END:
-            facts.append({"name": files[record.file].name, "sha256": record.data})
+            counts = {"records": len(longest), "too_short": _num_short(file.shown, longest, length)}
+            facts.append({"name": file.name, "sha256": record.data} | counts | ({"tag": file.tag} if file.tag else {}))
+            longest = []
             continue
-        for text in _strings(record.kind, record.data, f"{name}: {record.where}"):
-            runs.append(run_hashes(word_hashes(text), config.filters.decontaminate_words))
+        texts = [word_hashes(text) for text in _strings(record.kind, record.data, f"{file.shown}: {record.where}")]
+        longest.append(max(map(len, texts), default=0))
+        runs += [run_hashes(words, length) for words in texts]
     return np.unique(np.concatenate(runs))
+
+
+def _num_short(name: str, longest: list[int], length: int) -> int:
+    """How many records of an evaluation file are too short to be found; ConfigError where all are."""
+    short = sum(words < length for words in longest)
+    if short == len(longest):
+        raise ConfigError(
+            f"filters.decontaminate: {name}: no text of its {len(longest)} records has {length} words (the longest has "
+            f"{max(longest, default=0)}), so that none could be found; lower filters.decontaminate_words"
+        )
+    if short:
+        get_logger().warning(
+            f"filters.decontaminate: {name}: {short} of {len(longest)} records have no text of {length} words and "
+            "cannot be found; lower filters.decontaminate_words to find more"
+        )
+    return short
 
 
 def _strings(kind: str, data: Any, where: str) -> Iterator[str]:

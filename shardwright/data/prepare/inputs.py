@@ -44,6 +44,7 @@ class InputFile(NamedTuple):
     location: str  # path, URL or hf:NAME
     size: int | None  # bytes as stored; None where only reading tells
     changed: int | None  # time of last change in ns, local files only
+    tag: str | None = None  # ETag, or else time of last change, of a remote file whose file system says it
 
     @property
     def shown(self) -> str:
@@ -51,20 +52,21 @@ class InputFile(NamedTuple):
         return readable(self.name if self.name.startswith("bundled:") else self.location)
 
 
+def unpacked(name: str) -> str:
+    """A file's name without the endings of its compression."""
+    while name.lower().endswith(COMPRESSIONS):
+        name = name.rpartition(".")[0]
+    return name
+
+
 def format_of(name: str) -> str | None:
     """Format that a file name promises, its compression aside; None for an unknown ending."""
-    path = Path(name.lower())
-    while path.suffix in COMPRESSIONS:
-        path = path.with_suffix("")
-    return FORMATS.get(path.suffix)
+    return FORMATS.get(Path(unpacked(name.lower())).suffix)
 
 
 def has_ending(name: str) -> bool:
     """Whether a name, its compression aside, ends in anything that could tell a format."""
-    path = Path(name.lower())
-    while path.suffix in COMPRESSIONS:
-        path = path.with_suffix("")
-    return bool(path.suffix)
+    return bool(Path(unpacked(name)).suffix)
 
 
 def readable(name: str) -> str:
@@ -77,10 +79,11 @@ def is_remote(location: str) -> bool:
     return "://" in location or location.startswith("hf:")
 
 
-def list_inputs(named: list[str], output: Path | None = None) -> list[InputFile]:
+def list_inputs(named: list[str], output: Path | None = None, attempts: int | None = None) -> list[InputFile]:
     """Every file behind the user's inputs, in the order given, folders and patterns sorted by name.
 
-    Files under `output` are left out. ConfigError names an input behind which there is nothing.
+    Files under `output` are left out. ConfigError names an input behind which there is nothing, RunError a server that
+    cannot be reached in so many attempts.
     """
     files: list[InputFile] = []
     for item in named:
@@ -89,7 +92,7 @@ def list_inputs(named: list[str], output: Path | None = None) -> list[InputFile]
         elif item.startswith("hf:"):
             files.append(InputFile(item, item, None, None))
         elif "://" in item:
-            files += _remote(item)
+            files += _remote(item, attempts)
         else:
             files += _local(item, output)
     return files
@@ -160,9 +163,9 @@ def _fixed_part(pattern: str) -> str:
     return str(Path(*parts[:fixed])) if fixed else "."
 
 
-def _remote(item: str) -> list[InputFile]:
+def _remote(item: str, attempts: int | None) -> list[InputFile]:
     try:
-        found = insist(item, lambda: "cannot be reached", lambda: _look_up(item))
+        found = insist(item, lambda: "cannot be reached", lambda: _look_up(item), attempts)
     except ImportError as error:
         raise ConfigError(f"{item}: {str(error).splitlines()[0]}") from None
     except ConfigError:
@@ -171,11 +174,17 @@ def _remote(item: str) -> list[InputFile]:
         raise ConfigError(f"{item}: is not a URL that can be read: {error}") from None
     if not found:
         raise ConfigError(f"{item}: there is nothing at this URL")
-    return [InputFile(url, url, size, None) for url, size in found]
+    return [InputFile(url, url, info.get("size"), None, _tag(info)) for url, info in found]
 
 
-def _look_up(item: str) -> list[tuple[str, int | None]]:
-    """(URL, size) of each file behind a URL, which may be a pattern or a folder unless it is of HTTP."""
+def _tag(info: dict[str, Any]) -> str | None:
+    """What a file system says of a file that changes when the file does: each calls it otherwise."""
+    names = ("ETag", "etag", "Last-Modified", "LastModified", "last_modified", "updated", "mtime")
+    return next((str(info[name]) for name in names if info.get(name)), None)
+
+
+def _look_up(item: str) -> list[tuple[str, dict[str, Any]]]:
+    """(URL, facts of its file system) of each file behind a URL; unless of HTTP it may be a pattern or a folder."""
     import fsspec
 
     system, path = fsspec.core.url_to_fs(item)
@@ -184,5 +193,5 @@ def _look_up(item: str) -> list[tuple[str, int | None]]:
     elif not item.startswith(("http://", "https://")) and system.isdir(path):
         paths = sorted(p for p in system.find(path) if format_of(p))
     else:
-        return [(item, system.info(path).get("size"))]
-    return [(system.unstrip_protocol(p), system.info(p).get("size")) for p in paths]
+        return [(item, system.info(path))]
+    return [(system.unstrip_protocol(p), system.info(p)) for p in paths]

@@ -83,6 +83,11 @@ class _Preparation:
         tokenizer = units.load_tokenizer(self.work)
         manifest = state.publish(self.work, self.output, tokenizer)
         get_logger().info(f"{self.output}: {_totals(manifest)}; tokenizer: {describe(tokenizer)}")
+        if self.config.validation_every and not manifest.splits["validation"].documents:
+            get_logger().warning(
+                f"validation_every={self.config.validation_every}: of {manifest.counts['documents']} documents none is "
+                "in the validation split, so that training cannot be evaluated; lower validation_every"
+            )
         return manifest
 
     def _work(self) -> None:
@@ -148,14 +153,15 @@ class _Preparation:
             for group, values in unit["counts"].items():
                 counts.setdefault(group, Counter()).update(values)
         broken = [entry for unit in facts for entry in unit["broken"]]
-        for entry in broken[:BROKEN_SHOWN]:
-            get_logger().warning(f"left out: {self._describe(entry)}")
-        if len(broken) > BROKEN_SHOWN:
-            get_logger().warning(f"left out: {len(broken)} broken records in all; skipped.jsonl lists them")
+        _warn([f"left out: {self._describe(entry)}" for entry in broken], "broken records; skipped.jsonl lists them")
+        with_records = {file for unit in facts for file, _ in unit["records"]}
+        barren = [self.files[file].shown for unit in facts for file, _ in unit["ends"] if file not in with_records]
+        _warn([f"{name}: holds no record (line, row, member, page); take it out" for name in barren], "such files")
         return {
             "documents": [unit["documents"] for unit in facts],
             "counts": {group: dict(sorted(values.items())) for group, values in sorted(counts.items())},
             "broken": broken,
+            "barren": len(barren),
             "sha256": dict(entry for unit in facts for entry in unit["ends"]),
         }
 
@@ -301,6 +307,7 @@ class _Preparation:
             counts={
                 "records": counts["all"].get("records", 0),
                 "broken": len(cleaned["broken"]),
+                "files_without_records": cleaned["barren"],
                 "empty": counts["all"].get("empty", 0),
                 "filtered": counts["filters"],
                 "duplicates": {"exact": int((removed == 1).sum()), "near": int((removed == 2).sum())},
@@ -313,7 +320,7 @@ class _Preparation:
     def _file_facts(self, cleaned: dict[str, Any]) -> list[dict[str, Any]]:
         hashes = {int(number): sha256 for number, sha256 in cleaned["sha256"].items()}
         return [
-            {"name": f.name, "bytes": f.size, "sha256": hashes.get(number) or None}
+            {"name": f.name, "bytes": f.size, "sha256": hashes.get(number) or None} | ({"tag": f.tag} if f.tag else {})
             for number, f in enumerate(self.files)
         ]
 
@@ -327,6 +334,14 @@ def _open_tokenizer(config: PrepareConfig) -> Tokenizer:
     options = config.tokenizer
     assert options.path is not None
     return Tokenizer.load(options.path, end_of_document=options.end_of_document, pattern=options.pattern)
+
+
+def _warn(lines: list[str], what: str) -> None:
+    """The first of many warnings, and how many there are."""
+    for line in lines[:BROKEN_SHOWN]:
+        get_logger().warning(line)
+    if len(lines) > BROKEN_SHOWN:
+        get_logger().warning(f"... {len(lines)} {what}")
 
 
 def _in_sample(text: str, share: float, seed: int) -> bool:

@@ -7,6 +7,7 @@ yielded as such and reading goes on behind them; a broken stream ends its file.
 from __future__ import annotations
 
 import csv
+import fnmatch
 import hashlib
 import io
 import itertools
@@ -17,7 +18,7 @@ from typing import Any
 
 from shardwright.config import ConfigError, RunError
 from shardwright.data.prepare import archives
-from shardwright.data.prepare.inputs import InputFile, format_of, has_ending, is_remote, readable
+from shardwright.data.prepare.inputs import InputFile, format_of, has_ending, is_remote, readable, unpacked
 from shardwright.data.prepare.options import PrepareConfig
 from shardwright.data.prepare.records import BROKEN, END, JSON, TEXT, VALUE, BrokenInput, Found, Record
 from shardwright.data.prepare.streams import BUFFER, Tally, broken_streams, open_raw, uncompress
@@ -83,6 +84,24 @@ def read_file(
     yield Record(number, "end", END, sha256)
 
 
+class Member(io.RawIOBase):
+    """A member of a tar that is read as a stream; remembers a failure of the tar, which is not the member's own."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file = file
+        self.failure: Exception | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return self._file.readinto1(buffer)
+        except Exception as error:
+            self.failure = error
+            raise
+
+
 class Reader:
     """Finds the records of one file; `where` is the last place it reached, for reports."""
 
@@ -96,6 +115,8 @@ class Reader:
         head = stream.peek(512)[:512]
         self.where = f"{inside}start"
         kind = self._format(head, name, bool(inside))
+        if kind is None:
+            return
         if not head:
             yield Found(self.where, BROKEN, "the file is empty; remove it")
         elif kind == "tar":
@@ -108,16 +129,18 @@ class Reader:
             yield from self._csv(stream, inside, "\t" if kind == "tsv" else ",")
         elif kind == "parquet":
             yield from self.parquet(io.BytesIO(stream.read()), inside)
-        elif kind is not None:
+        else:
             read = archives.read_warc if kind == "warc" else archives.read_wikipedia
             for number, found in read(stream):
                 self.where = f"{inside}{number}"
                 yield Found(self.where, *found)
 
     def _format(self, head: bytes, name: str, is_member: bool) -> str | None:
-        """Format of a stream; None for a member of a tar that is not data (an image, say)."""
-        if head[257:262] == b"ustar":
+        """Format of a stream; None for a member of a tar that is not data (an image, say) or not asked for."""
+        if head[257:262] == b"ustar" or format_of(name) == "tar":
             return "tar"
+        if is_member and not self._is_chosen(name):
+            return None
         if self.config.format != "auto":
             return self.config.format
         if head.startswith(b"WARC/"):
@@ -127,9 +150,14 @@ class Reader:
         if head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"<mediawiki"):
             return "wikipedia"
         known = format_of(name)
-        if known is not None and known != "tar":
+        if known is not None:
             return known
-        return None if is_member and has_ending(name) else "text"
+        return None if is_member and has_ending(name) and self.config.members is None else "text"
+
+    def _is_chosen(self, name: str) -> bool:
+        """Whether a member of a tar is to be read, by its path with or without the endings of its compression."""
+        pattern = self.config.members
+        return pattern is None or any(fnmatch.fnmatchcase(n, pattern) for n in (name, unpacked(name)))
 
     def _tar(self, stream: io.BufferedReader, inside: str) -> Iterator[Found]:
         """Members of a tar one after the other, compressed ones and tars among them too (OpenWebText is built so)."""
@@ -142,7 +170,7 @@ class Reader:
                     if content is not None:
                         name = readable(member.name)
                         self.where = f"{inside}{name}: start"
-                        yield from self._member(io.BufferedReader(content, BUFFER), name, inside)
+                        yield from self._member(Member(content), name, inside)
                 behind: Any = tar.fileobj
                 rest = iter(lambda: behind.read(BUFFER), b"")
                 if any(block.strip(b"\0") for block in rest):
@@ -150,14 +178,23 @@ class Reader:
         except tarfile.TarError as error:
             raise BrokenInput(self.where, f"the tar is cut off or damaged ({error}); fetch the file again") from None
 
-    def _member(self, content: io.BufferedReader, name: str, inside: str) -> Iterator[Found]:
+    def _member(self, member: Member, name: str, inside: str) -> Iterator[Found]:
+        """Records of one member; where it is broken by itself, reading goes on with the next."""
         try:
-            check_member(name, inside)
+            if self._is_chosen(name):
+                check_member(name, inside)
         except ConfigError:
-            reason = "is a pickle, which can run code when read; take it out of the tar"
+            reason = "is a pickle, which can run code when read; take it out of the tar or say which members= to read"
             yield Found(f"{inside}{name}", BROKEN, reason)
-        else:
-            yield from self.stream(uncompress(content), name, f"{inside}{name}: ")
+            return
+        try:
+            with broken_streams(lambda: self.where):
+                stream = uncompress(io.BufferedReader(member, BUFFER))
+                yield from self.stream(stream, name, f"{inside}{name}: ")
+        except BrokenInput as broken:
+            if member.failure is not None:
+                raise member.failure from None
+            yield Found(broken.where, BROKEN, broken.reason)
 
     def _text(self, stream: io.BufferedReader, inside: str) -> Iterator[Found]:
         if self.config.documents == "file":
@@ -211,7 +248,7 @@ class Reader:
                 yield number, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
 
     def _json(self, stream: io.BufferedReader, inside: str) -> Iterator[Found]:
-        if stream.peek(1)[:1] == b"[":
+        if stream.peek(512).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
             yield from self._json_array(stream, inside)
             return
         for number, line in self._lines(stream, inside):
@@ -229,8 +266,8 @@ class Reader:
             reason = f"a JSON array over {most >> 20} MiB is not streamed; write it as JSON lines"
             raise BrokenInput(f"{inside}line 1", reason)
         try:
-            items = json.loads(data)
-        except ValueError as error:
+            items = json.loads(data.removeprefix(BYTE_ORDER_MARK))
+        except (ValueError, RecursionError) as error:
             raise BrokenInput(f"{inside}line 1", f"not valid JSON: {error}") from None
         for number, item in enumerate(items, 1):
             self.where = f"{inside}item {number}"
@@ -274,18 +311,30 @@ class Reader:
             raise ConfigError("Parquet files need pyarrow: pip install 'shardwright[data]'") from None
         try:
             table = pyarrow.parquet.ParquetFile(file)
-            if not self.every_field:
-                self._column(table.schema_arrow.names, f"{inside}schema")
+            steps = [] if self.every_field else self._steps(table.schema_arrow, f"{inside}schema")
             columns = None if self.every_field else [self.config.text_field]
             number = 0
             for batch in table.iter_batches(256, columns=columns):
                 for row in range(batch.num_rows):
                     number += 1
                     self.where = f"{inside}row {number}"
-                    yield Found(self.where, *_row(batch, row, self.every_field))
+                    yield Found(self.where, *_row(batch, row, steps))
         except (pyarrow.ArrowException, OSError) as error:
             message = str(error).splitlines()[0]
             raise BrokenInput(self.where, f"not a whole Parquet file: {message}; fetch the file again") from None
+
+    def _steps(self, schema: Any, where: str) -> list[str]:
+        """Column that holds the text and, where `text_field` is dotted, the fields of its structs that lead there."""
+        from pyarrow.types import is_struct
+
+        field = self.config.text_field
+        steps = [field] if field in schema.names else field.split(".")
+        inner = {part.name: part.type for part in schema}
+        for step in steps:
+            if step not in inner:
+                self._column(schema.names, where)
+            inner = {part.name: part.type for part in inner[step]} if is_struct(inner[step]) else {}
+        return steps
 
     def hugging_face(self, location: str) -> Iterator[Found]:
         """Rows of a Hugging Face data set: hf:NAME[:CONFIG[:SPLIT]], or a folder that `save_to_disk` wrote."""
@@ -302,23 +351,32 @@ class Reader:
             if self.every_field:
                 yield Found(self.where, VALUE, row)
                 continue
-            if self.config.text_field not in row:
+            field = self.config.text_field
+            steps = [field] if field in row else field.split(".")
+            if steps[0] not in row:
                 self._column(list(row), self.where)
-            yield Found(self.where, VALUE, row[self.config.text_field])
+            yield Found(self.where, VALUE, _inside(row[steps[0]], steps[1:]))
 
     def _too_long(self, remedy: str = "") -> str:
         size = self.config.max_document_mib
         return f"a document over {size} MiB; say {remedy}max_document_mib={2 * size}"
 
 
-def _row(batch: Any, row: int, every_field: bool) -> tuple[str, Any]:
-    """(kind, data) of a row of a Parquet batch: the first column's value, or a list of all."""
+def _row(batch: Any, row: int, steps: list[str]) -> tuple[str, Any]:
+    """(kind, data) of a row of a Parquet batch: the value that `steps` lead to, or without any a list of all."""
     try:
         values = [batch.column(number)[row].as_py() for number in range(batch.num_columns)]
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         return BROKEN, f"not valid UTF-8: 0x{byte:02x} at byte {error.start + 1} of the text; convert it to UTF-8"
-    return VALUE, values if every_field else values[0]
+    return VALUE, _inside(values[0], steps[1:]) if steps else values
+
+
+def _inside(value: Any, steps: list[str]) -> Any:
+    """What the names lead to in nested mappings; None where there is nothing."""
+    for step in steps:
+        value = value.get(step) if isinstance(value, dict) else None
+    return value
 
 
 def _load_dataset(name: str, config: str | None, split: str) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from shardwright import __version__
-from shardwright.config import ConfigError
+from shardwright.config import ConfigError, RunError
 from shardwright.data.manifest import Manifest, ShardError, write_atomic
 from shardwright.data.prepare.inputs import InputFile, format_of, is_remote, list_inputs
 from shardwright.data.prepare.options import PrepareConfig
@@ -32,7 +32,7 @@ WORK = ".prepare"
 SKIPPED = "skipped.jsonl"
 WORTH_KEEPING = 32  # finished units (of 2 MiB) from which unfinished work is not dropped for another recipe
 HASHED_BYTES = 2**30  # what a second run reads at most of files that seem as they were
-RECIPE = 1  # rises when the same recipe gives other bytes than before
+RECIPE = 2  # rises when the same recipe gives other bytes than before
 
 
 def find_finished(output: Path, config: PrepareConfig) -> Manifest | None:
@@ -93,7 +93,7 @@ def _damage(output: Path, manifest: Manifest) -> str | None:
 
 
 def _input_change(config: PrepareConfig, manifest: Manifest, output: Path) -> str | None:
-    """What differs between the input now and then; input that is gone, or remote, is believed by its name."""
+    """What differs between the input now and then; input that is gone or out of reach is believed by its name."""
     source, newest = manifest.source, (output / "manifest.json").stat().st_mtime_ns
     path = config.tokenizer.path
     if path is not None and Path(path).exists() and source.get("tokenizer") != files_of(path):
@@ -109,22 +109,30 @@ def _changed_file(
 ) -> str | None:
     """The first file behind `named` that is not as the manifest says; `newest`: when that was written, in ns.
 
-    Names and sizes are compared, and hashes as far as HASHED_BYTES go; beyond, those of files changed since.
+    Names and sizes are compared, of remote files also what their file system says of their last change, of local ones
+    hashes as far as HASHED_BYTES go; beyond, those of files changed since.
     """
     otherwise = None if is_same else "input= names others"
-    if any(is_remote(item) for item in named):
-        return otherwise
     try:
-        files = list_inputs(named, output)
+        files = list_inputs(named, output, attempts=1)
     except ConfigError:
         return otherwise
-    is_small = sum(file.size or 0 for file in files) <= HASHED_BYTES
+    except RunError as error:
+        get_logger().info(f"{str(error).rpartition(';')[0]}; believed to be as it was")
+        return otherwise
+    is_small = sum(file.size or 0 for file in files if not is_remote(file.location)) <= HASHED_BYTES
     if not is_small:
         get_logger().info("input over 1 GiB: files not changed since are compared by name and size alone")
     for old, new in zip_longest(then, files):
-        if old is None or new is None or (old["name"], old.get("bytes", new.size)) != (new.name, new.size):
+        sizes = old and old.get("bytes"), new and new.size
+        if old is None or new is None or old["name"] != new.name or (None not in sizes and sizes[0] != sizes[1]):
             return f"{_file_words(old)} then, {_file_words(new and new._asdict() | {'bytes': new.size})} now"
-        if old["sha256"] and (is_small or (new.changed or 0) >= newest) and old["sha256"] != _sha256(new.location):
+        if is_remote(new.location):
+            has_changed = None not in (new.tag, old.get("tag")) and new.tag != old["tag"]
+        else:
+            is_hashed = old["sha256"] and (is_small or (new.changed or 0) >= newest)
+            has_changed = is_hashed and old["sha256"] != _sha256(new.location)
+        if has_changed:
             return f"{new.shown} has changed"
     return None
 
@@ -137,7 +145,7 @@ def _sha256(path: str | Path) -> str:
 def _file_words(file: dict[str, Any] | None) -> str:
     if file is None:
         return "nothing"
-    return f"{file['name']} of {file['bytes']} bytes" if "bytes" in file else file["name"]
+    return f"{file['name']} of {file['bytes']} bytes" if file.get("bytes") is not None else file["name"]
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, TypeVar
 
 from shardwright.config import ConfigError, RunError
@@ -28,8 +28,13 @@ MAGIC = {
     "bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),  # a block, or the end: text may well begin with BZh
 }
 BUFFER = 1 << 20
+PIECE = 1 << 13  # compressed bytes taken at a time: with damage in a piece, what it gives is lost
 T = TypeVar("T")
 RETRIES = 6
+
+
+class CutStream(Exception):
+    """A compressed stream ends before its end mark. Not EOFError, which some libraries take for a file's good end."""
 
 
 class Tally(io.RawIOBase):
@@ -75,9 +80,15 @@ class RemoteFile(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._drop()
         super().close()
+
+    def _drop(self) -> None:
+        """Close the connection; one that is only forgotten is complained of when the program ends."""
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(Exception):  # it may be broken already
+                file.close()
 
     def _retry(self, action: Callable[[Any], Any]) -> Any:
         import fsspec
@@ -89,21 +100,27 @@ class RemoteFile(io.RawIOBase):
                     self._file.seek(self._position)
                 return action(self._file)
             except Exception as error:
-                self._file = None
-                if isinstance(error, ValueError):  # fsspec's word for a server that cannot begin in the middle
+                self._drop()
+                if isinstance(error, ValueError) and ("seek" in str(error) or "range requests" in str(error)):
+                    raise ConfigError(
+                        f"{self._url}: its server cannot begin in the middle of a file, which Parquet needs, and any "
+                        "file after a break; download it first and give the copy"
+                    ) from None
+                if isinstance(error, ValueError):  # which `insist` would take for a fault of the URL
                     raise OSError(str(error)) from None
                 raise
 
         return insist(self._url, lambda: f"reading failed {RETRIES} times at byte {self._position}", act)
 
 
-def insist(url: str, failed: Callable[[], str], action: Callable[[], T]) -> T:
-    """The result of `action`, which reaches for `url`, tried again on any failure that may pass.
+def insist(url: str, failed: Callable[[], str], action: Callable[[], T], attempts: int | None = None) -> T:
+    """The result of `action`, which reaches for `url`, tried `attempts` times (RETRIES) on failures that may pass.
 
     ConfigError where there is nothing, RunError where the server refuses or the failure does not pass; `failed` says
     what did not work. ImportError and ValueError (a URL that is none) go through.
     """
-    for attempt in range(RETRIES):
+    attempts = attempts or RETRIES
+    for attempt in range(attempts):
         try:
             return action()
         except (ImportError, ValueError):
@@ -116,7 +133,7 @@ def insist(url: str, failed: Callable[[], str], action: Callable[[], T]) -> T:
         reason = f"{type(cause).__name__}: {cause}" if status is None else f"HTTP {status}"
         if isinstance(cause, PermissionError) or (status in range(400, 500) and status not in (408, 425, 429)):
             raise RunError(f"{url}: the server refuses it ({reason}); check the address and your access to it")
-        if attempt + 1 < RETRIES:
+        if attempt + 1 < attempts:
             time.sleep(0.1 * 2**attempt)
     raise RunError(f"{url}: {failed()} ({reason}); run again to go on")
 
@@ -149,9 +166,9 @@ def uncompress(stream: io.BufferedReader) -> io.BufferedReader:
         if kind == "gzip":
             opened = Stepwise(gzip.GzipFile(fileobj=stream))
         elif kind == "bz2":
-            opened = Stepwise(bz2.BZ2File(stream))
+            opened = Concatenated(stream, bz2.BZ2Decompressor)
         elif kind == "xz":
-            opened = Stepwise(lzma.LZMAFile(stream))  # noqa: SIM115  (closed with the file below it)
+            opened = Concatenated(stream, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), padding=4)
         else:
             opened = ZstdFile(stream)
         stream = io.BufferedReader(opened, BUFFER)
@@ -160,16 +177,63 @@ def uncompress(stream: io.BufferedReader) -> io.BufferedReader:
 class Stepwise(io.RawIOBase):
     """Gives out what a library could uncompress before it met damage; read in large pieces it would keep that back."""
 
-    def __init__(self, file: gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile) -> None:
+    def __init__(self, file: gzip.GzipFile) -> None:
         self._file = file
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._file.read1(len(buffer))
+        try:
+            data = self._file.read1(len(buffer))
+        except EOFError as error:
+            raise CutStream(str(error)) from None
         buffer[: len(data)] = data
         return len(data)
+
+
+class Concatenated(io.RawIOBase):
+    """xz or bzip2 streams one after the other, to the end of the file.
+
+    The library's own readers take whatever they cannot read behind the first stream for the file's end.
+    """
+
+    def __init__(self, stream: io.BufferedReader, build: Callable[[], Any], padding: int = 0) -> None:
+        """`build` makes a decompressor of one stream; zeros in multiples of `padding` may stand behind each."""
+        self._stream, self._build, self._padding = stream, build, padding
+        self._current, self._rest = build(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            if self._current.eof and not self._go_on():
+                return 0
+            fresh = b""
+            if self._current.needs_input:
+                fresh, self._rest = self._rest or self._stream.read1(PIECE), b""
+                if not fresh:
+                    raise CutStream("the stream ends before its end mark")
+            data = self._current.decompress(fresh, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _go_on(self) -> bool:
+        """Begin with the stream behind the one that has ended; False at the end of the file."""
+        rest, zeros = self._current.unused_data, 0
+        while True:
+            bare = rest.lstrip(b"\0") if self._padding else rest
+            zeros += len(rest) - len(bare)
+            rest = bare or self._stream.read1(PIECE)
+            if bare or not rest:
+                break
+        if self._padding and zeros % self._padding:
+            raise lzma.LZMAError(f"{zeros} zeros behind a stream, expected a multiple of {self._padding}")
+        if rest:
+            self._current, self._rest = self._build(), rest
+        return bool(rest)
 
 
 class ZstdFile(io.RawIOBase):
@@ -193,7 +257,7 @@ class ZstdFile(io.RawIOBase):
             data = self._rest or self._stream.read1(1 << 16)
             if not data:
                 if self._frame is not None and not self._frame.eof:
-                    raise EOFError("the zstd stream ends before its end marker")
+                    raise CutStream("the stream ends before its end mark")
                 return 0
             if self._frame is None or self._frame.eof:
                 self._frame = self._library.decompressobj()
@@ -214,7 +278,7 @@ def broken_streams(where: Callable[[], str]) -> Iterator[None]:
     """Turn every library's complaint about damaged bytes into BrokenInput at `where()`."""
     try:
         yield
-    except EOFError:
+    except CutStream:
         raise BrokenInput(where(), "the compressed stream is cut off; fetch the file again") from None
     except (zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise BrokenInput(where(), f"the compressed stream is damaged ({error}); fetch the file again") from None

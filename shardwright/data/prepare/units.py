@@ -71,11 +71,13 @@ def clean_unit(unit: Unit, job: Job) -> dict[str, Any]:
     counts: dict[str, Counter[str]] = {name: Counter() for name in ("all", "cleaning", "filters")}
     broken: list[tuple[int, str, str]] = []
     ends: list[tuple[int, str]] = []
+    records: Counter[int] = Counter()
     for record in unit.records:
         if record.kind == END:
             ends.append((record.file, record.data))
             continue
         counts["all"]["records"] += 1
+        records[record.file] += 1
         try:
             raw = extract(record, config.text_field)
         except BrokenRecord as error:
@@ -91,6 +93,7 @@ def clean_unit(unit: Unit, job: Job) -> dict[str, Any]:
         "counts": {name: dict(counter) for name, counter in counts.items()},
         "broken": broken,
         "ends": ends,
+        "records": [*records.items()],
     }
     if config.on_error == "skip" or not broken:
         _write_clean(job.part("clean", unit.number), documents, validation, config, facts)

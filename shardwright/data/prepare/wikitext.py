@@ -20,6 +20,7 @@ _TEMPLATE = re.compile(r"\{\{[^{}]*\}\}|\{\{\{[^{}]*\}\}\}")
 _TABLE = re.compile(r"^[ :]*\{\|(?:(?!^[ :]*\{\|).)*?^\s*\|\}", re.S | re.M)
 _OPEN_TABLE = re.compile(r"^[ :]*\{\|.*?(?=^\s*$|\Z)", re.S | re.M)
 _VARIANT = re.compile(r"-\{([^{}]*)\}-")
+_FLAGS = re.compile(r"[A-Za-z;\s-]*\|")  # letters or languages; the bar of a link is another
 _LINK = re.compile(r"\[\[([^\[\]]*)\]\]")
 _MEDIA = re.compile(
     r"\s*:?(?:file|image|category|media|datei|bild|kategorie|fichier|catégorie|archivo|categoría"
@@ -94,8 +95,17 @@ def _link(inside: str) -> str:
 
 
 def _variant(inside: str) -> str:
-    """First reading of a Chinese conversion mark: -{zh-hans:计算机; zh-hant:電腦}- and -{干}-."""
+    """First reading of a Chinese conversion mark: -{zh-hans:计算机; zh-hant:電腦}- and -{干}-.
+
+    Flags before a bar: R shows the rest as it stands, A what follows; T, H and - show nothing.
+    """
+    head, bar, rest = inside.partition("|") if _FLAGS.match(inside) else (inside, "", "")
+    flags = {flag.strip() for flag in head.split(";")}
+    if bar and "R" in flags:
+        return rest
+    if bar and (flags & {"-", "H"} or flags == {"T"}):
+        return ""
+    if bar:
+        inside = rest
     first = inside.partition(";")[0]
-    if "|" in inside and not inside.startswith("zh"):
-        return "" if inside[:1] in "TAHR-" else inside.partition("|")[2]
     return first.partition(":")[2].strip() if ":" in first else first

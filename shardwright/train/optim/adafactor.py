@@ -6,12 +6,16 @@ with the counters and every decision on the device. Means and root mean squares 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shardwright.parallel.logical import Logical, mean_all, norm_all
 from shardwright.train.optim.guarded import guarded_copy_, guarded_descend_
+from shardwright.train.optim.spread import batch_by_size, logical_by_parameter
 from shardwright.train.optim.state import build_counter
 
 # The paper's constants: added to squared gradients; least scale of a parameter; largest root mean square of
@@ -21,6 +25,22 @@ LEAST_SCALE = 1e-3
 CLIP_THRESHOLD = 1.0
 DECAY_EXPONENT = 0.8
 MOST_RELATIVE = 1e-2
+
+
+@dataclass
+class Work:
+    """One parameter on its way through a step."""
+
+    p: Tensor
+    grad: Tensor
+    logical: Logical
+    state: dict[str, Tensor]
+    step: Tensor  # the counter after this step
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether its second moments are kept as rows and columns."""
+        return self.p.ndim >= 2
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -40,8 +60,10 @@ class Adafactor(torch.optim.Optimizer):
         relative_step: bool = False,
         scale_parameter: bool = True,
         beta1: float | None = None,
+        logical: Mapping[Tensor, Logical] | None = None,
     ) -> None:
         super().__init__(groups, {})
+        self.logical = logical_by_parameter(self.param_groups, logical)
         self.relative_step, self.scale_parameter, self.beta1 = relative_step, scale_parameter, beta1
         for group in self.param_groups:
             for p in group["params"]:
@@ -52,40 +74,69 @@ class Adafactor(torch.optim.Optimizer):
         """Update every parameter that has a gradient, or nothing at all where `found_inf` is 1."""
         assert closure is None and getattr(self, "grad_scale", None) is None
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(group, p, p.grad, self.state[p])
+            works = [self._begin(p, p.grad) for p in group["params"] if p.grad is not None]
+            for indices in batch_by_size([work.logical for work in works]):
+                self._update(group, [works[i] for i in indices])
 
-    def _update(self, group: dict[str, Any], p: Tensor, grad: Tensor, state: dict[str, Tensor]) -> None:
-        step = state["step"] + 1
-        size = self._step_size(group["lr"], p, step)
-        update = self._precondition(grad, state, step)
-        update *= size / (_rms(update) / CLIP_THRESHOLD).clamp(min=1.0)
+    def _begin(self, p: Tensor, grad: Tensor) -> Work:
+        state = self.state[p]
+        return Work(p, grad, self.logical[p], state, state["step"] + 1)
+
+    def _update(self, group: dict[str, Any], works: Sequence[Work]) -> None:
+        sizes = self._step_sizes(group["lr"], works)
+        self._take_squares(works)
+        updates = self._precondition(works)
+        for update, size, rms in zip(updates, sizes, _rms(works, updates), strict=True):
+            update *= size / (rms / CLIP_THRESHOLD).clamp(min=1.0)
+        for work, update, size in zip(works, updates, sizes, strict=True):
+            self._descend(work, update, group["weight_decay"] * size if group["weight_decay"] else None)
+
+    def _take_squares(self, works: Sequence[Work]) -> None:
+        """Bring the second moments up to date."""
+        targets: list[tuple[Tensor, Tensor]] = []  # a mean's moment, and how much of the mean it takes
+        means: list[tuple[Logical, Tensor, int]] = []
+        for work in works:
+            weight = (work.step**-DECAY_EXPONENT).to(work.grad.dtype)  # 1 at the first step: the zeros never count
+            square = work.grad.square().add_(SQUARE_EPS)
+            if work.is_matrix:
+                targets += [(work.state["exp_avg_sq_row"], weight), (work.state["exp_avg_sq_col"], weight)]
+                means += [(work.logical, square, -1), (work.logical, square, -2)]
+            else:
+                moment = work.state["exp_avg_sq"]
+                guarded_copy_(moment, moment.lerp(square, weight), self.found_inf)
+        for (moment, weight), mean in zip(targets, mean_all(means), strict=True):
+            guarded_copy_(moment, moment.lerp(mean, weight), self.found_inf)
+
+    def _precondition(self, works: Sequence[Work]) -> list[Tensor]:
+        """Gradients over the roots of their second moments; shaped as the gradients."""
+        rows = [work.state["exp_avg_sq_row"] for work in works if work.is_matrix]
+        logicals = [work.logical for work in works if work.is_matrix]
+        means = mean_all([(logical, row.unsqueeze(-1), -2) for logical, row in zip(logicals, rows, strict=True)])
+        factors = ((row / mean).rsqrt_().unsqueeze(-1) for row, mean in zip(rows, means, strict=True))
+        return [
+            (work.grad * next(factors)).mul_(work.state["exp_avg_sq_col"].rsqrt().unsqueeze(-2))
+            if work.is_matrix
+            else work.state["exp_avg_sq"].rsqrt().mul_(work.grad)
+            for work in works
+        ]
+
+    def _step_sizes(self, lr: float, works: Sequence[Work]) -> list[Tensor]:
+        ones = [torch.ones_like(work.step) for work in works]
+        relatives = [work.step.rsqrt().clamp(max=MOST_RELATIVE) for work in works] if self.relative_step else ones
+        scales = ones
+        if self.scale_parameter:
+            scales = [rms.clamp(min=LEAST_SCALE) for rms in _rms(works, [work.p for work in works])]
+        return [lr * relative * scale for relative, scale in zip(relatives, scales, strict=True)]
+
+    def _descend(self, work: Work, update: Tensor, decay: Tensor | None) -> None:
         if self.beta1 is not None:
-            guarded_descend_([state["exp_avg"]], [update], step=self.beta1 - 1.0, decay=-1.0, found_inf=self.found_inf)
-            update = state["exp_avg"]
-        if group["weight_decay"]:
-            update = torch.addcmul(update, p, group["weight_decay"] * size)
-        guarded_descend_([p], [update], step=1.0, found_inf=self.found_inf)
-        guarded_copy_(state["step"], step, self.found_inf)
-
-    def _precondition(self, grad: Tensor, state: dict[str, Tensor], step: Tensor) -> Tensor:
-        """The gradient over the root of its second moment, which is brought up to date; shaped as grad."""
-        weight = (step**-DECAY_EXPONENT).to(grad.dtype)  # 1 at the first step: the zeros never count
-        square = grad.square().add_(SQUARE_EPS)
-        if grad.ndim < 2:
-            guarded_copy_(state["exp_avg_sq"], state["exp_avg_sq"].lerp(square, weight), self.found_inf)
-            return state["exp_avg_sq"].rsqrt().mul_(grad)
-        for key, mean in (("exp_avg_sq_row", square.mean(dim=-1)), ("exp_avg_sq_col", square.mean(dim=-2))):
-            guarded_copy_(state[key], state[key].lerp(mean, weight), self.found_inf)
-        row, column = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-        row_factor = (row / row.mean(dim=-1, keepdim=True)).rsqrt_().unsqueeze(-1)
-        return (grad * row_factor).mul_(column.rsqrt().unsqueeze(-2))
-
-    def _step_size(self, lr: float, p: Tensor, step: Tensor) -> Tensor:
-        relative = step.rsqrt().clamp(max=MOST_RELATIVE) if self.relative_step else torch.ones_like(step)
-        scale = _rms(p).clamp(min=LEAST_SCALE) if self.scale_parameter else torch.ones_like(step)
-        return lr * relative * scale
+            average = work.state["exp_avg"]
+            guarded_descend_([average], [update], step=self.beta1 - 1.0, decay=-1.0, found_inf=self.found_inf)
+            update = average
+        if decay is not None:
+            update = torch.addcmul(update, work.p, decay)
+        guarded_descend_([work.p], [update], step=1.0, found_inf=self.found_inf)
+        guarded_copy_(work.state["step"], work.step, self.found_inf)
 
     def _build_state(self, p: Tensor) -> dict[str, Tensor]:
         state = {"step": build_counter(p)}
@@ -99,5 +150,7 @@ class Adafactor(torch.optim.Optimizer):
         return state
 
 
-def _rms(tensor: Tensor) -> Tensor:
-    return tensor.norm() / tensor.numel() ** 0.5
+def _rms(works: Sequence[Work], parts: Sequence[Tensor]) -> list[Tensor]:
+    """Root mean squares (0-dim) of tensors that lie as the parameters do."""
+    norms = norm_all([(work.logical, part) for work, part in zip(works, parts, strict=True)])
+    return [norm / work.logical.shape.numel() ** 0.5 for norm, work in zip(norms, works, strict=True)]

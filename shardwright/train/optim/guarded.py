@@ -7,11 +7,12 @@ argument; this file gives the project's own rules the same, through the same ker
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 
 def guarded_descend_(
@@ -40,6 +41,40 @@ def guarded_descend_(
         is_first_step=False,
         grad_scale=None,
         found_inf=found_inf,
+    )
+
+
+def guarded_adamw_(
+    targets: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    found_inf: Tensor | None = None,
+) -> None:
+    """A step of AdamW on `targets` by torch's fused kernel; nothing where `found_inf` is 1.
+
+    states: as `state.build_adam_state` makes them, brought up to date.
+    """
+    adamw(
+        list(targets),
+        list(grads),
+        [s["exp_avg"] for s in states],
+        [s["exp_avg_sq"] for s in states],
+        [],
+        [s["step"] for s in states],
+        fused=True,
+        found_inf=found_inf,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
     )
 
 

@@ -2,22 +2,24 @@
 
 Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the scale of the update is that of Liu et al. 2025,
 "Muon is scalable for LLM training". Embeddings, heads, norms and biases go by AdamW in the same optimizer.
-Works on full logical matrices: q, k, v, gate and up are separate. Shapes: [rows, columns], or
-[N, rows, columns] for N matrices of one shape.
+Works on full logical matrices: q, k, v, gate and up are separate. Where they are spread over ranks, the momentum
+stays so, and each rank brings some of the matrices together, does their products and sends the results back.
+Shapes: [rows, columns], or [N, rows, columns] for N matrices of one shape.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
+from shardwright.parallel.logical import Logical
 from shardwright.train.optim.groups import Named, build_decay_groups, build_group, is_orthogonalized
-from shardwright.train.optim.guarded import guarded_descend_
+from shardwright.train.optim.guarded import guarded_adamw_, guarded_descend_
+from shardwright.train.optim.spread import deal, logical_by_parameter
 from shardwright.train.optim.state import build_adam_state, build_momentum_state
 
 # Quintic whose repeated use sends singular values in (0, 1] near 1, within about 0.7..1.2 after 5 steps.
@@ -42,9 +44,16 @@ class Muon(torch.optim.Optimizer):
 
     found_inf: Tensor | None = None
 
-    def __init__(self, groups: list[dict[str, Any]], *, matmul_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        matmul_dtype: torch.dtype | None = None,
+        logical: Mapping[Tensor, Logical] | None = None,
+    ) -> None:
         super().__init__(groups, {})
         self.matmul_dtype = matmul_dtype
+        self.logical = logical_by_parameter(self.param_groups, logical)
         self._scratch = Scratch()
         for group in self.param_groups:
             build = build_momentum_state if group["label"] == "matrices" else build_adam_state
@@ -65,38 +74,81 @@ class Muon(torch.optim.Optimizer):
                 self._step_adamw(group, params)
 
     def _step_matrices(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        grads, momentum = [_grad(p) for p in params], group["momentum"]
         buffers = [self.state[p]["momentum_buffer"] for p in params]
-        guarded_descend_(buffers, grads, step=momentum - 1.0, decay=-1.0, found_inf=self.found_inf)
+        grads = [_grad(p) for p in params]
+        guarded_descend_(buffers, grads, step=group["momentum"] - 1.0, decay=-1.0, found_inf=self.found_inf)
+        logicals = [self.logical[p] for p in params]
+        self._step_here(group, [p for p, whole in zip(params, logicals, strict=True) if whole.here])
+        spread = [(p, logical) for p, logical in zip(params, logicals, strict=True) if not logical.here]
+        if spread:
+            self._step_dealt(group, [p for p, _ in spread], [logical for _, logical in spread])
+
+    def _step_here(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Matrices that this rank alone holds, in full."""
         for indices in batch_by_shape(params):
             batch = [params[i] for i in indices]
-            wanted = self._scratch.take("wanted", (len(batch), *batch[0].shape), batch[0].dtype, batch[0].device)
-            for i, row in zip(indices, wanted, strict=True):
-                torch.lerp(grads[i], buffers[i], momentum if group["nesterov"] else 1.0, out=row)
-            orthogonalize_(wanted, self.matmul_dtype or pick_matmul_dtype(batch[0]), self._scratch)
-            scale = UPDATE_RMS * math.sqrt(max(batch[0].shape))
-            # Decoupled decay is by lr alone, as AdamW's, hence the division.
-            step, decay = group["lr"] * scale, group["weight_decay"] / scale
-            guarded_descend_(batch, wanted.unbind(), step=step, decay=decay, found_inf=self.found_inf)
+            wanted = self._stack(batch)
+            for p, out in zip(batch, wanted, strict=True):
+                self._direction(group, p, out)
+            self._orthogonalize_(wanted)
+            self._descend(group, batch, wanted.unbind(), batch[0].shape)
+
+    def _step_dealt(self, group: dict[str, Any], params: list[Tensor], logicals: list[Logical]) -> None:
+        """Matrices that are spread over ranks, or held by several: each is the work of one of them."""
+        for indices, dealing in deal(logicals, _most_stacked(params)):
+            batch = [params[i] for i in indices]
+            parts = {i: self._direction(group, batch[i], torch.empty_like(batch[i])) for i in dealing.needed}
+            wholes = dealing.collect(parts, batch[0].dtype)
+            updates = dealing.scatter(self._orthogonal(wholes), self._matmul_dtype(batch[0]))
+            for i, p in enumerate(batch):
+                self._descend(group, [p], [updates[i].to(p.dtype)], dealing.logicals[i].shape)
+
+    def _orthogonal(self, wholes: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Orthogonalised matrices in the products' format: they were rounded to it, and less of it travels."""
+        done: dict[int, Tensor] = {}
+        keys, matrices = list(wholes), list(wholes.values())
+        for indices in batch_by_shape(matrices):
+            batch = [matrices[i] for i in indices]
+            wanted = torch.stack(batch, out=self._stack(batch))
+            self._orthogonalize_(wanted)
+            rounded = wanted.to(self._matmul_dtype(wanted), copy=True)
+            done |= {keys[i]: one for i, one in zip(indices, rounded, strict=True)}
+        return done
+
+    def _direction(self, group: dict[str, Any], p: Tensor, out: Tensor) -> Tensor:
+        weight = group["momentum"] if group["nesterov"] else 1.0
+        return torch.lerp(_grad(p), self.state[p]["momentum_buffer"], weight, out=out)
+
+    def _stack(self, matrices: Sequence[Tensor]) -> Tensor:
+        """Memory for [N, rows, columns], until the next call."""
+        first = matrices[0]
+        return self._scratch.take("wanted", (len(matrices), *first.shape), first.dtype, first.device)
+
+    def _orthogonalize_(self, matrices: Tensor) -> None:
+        orthogonalize_(matrices, self._matmul_dtype(matrices), self._scratch)
+
+    def _matmul_dtype(self, like: Tensor) -> torch.dtype:
+        return self.matmul_dtype or pick_matmul_dtype(like)
+
+    def _descend(
+        self, group: dict[str, Any], params: Sequence[Tensor], updates: Sequence[Tensor], shape: Sequence[int]
+    ) -> None:
+        """Apply the updates, or parts of them, of matrices of `shape`."""
+        scale = UPDATE_RMS * math.sqrt(max(shape))
+        # Decoupled decay is by lr alone, as AdamW's, hence the division.
+        step, decay = group["lr"] * scale, group["weight_decay"] / scale
+        guarded_descend_(params, updates, step=step, decay=decay, found_inf=self.found_inf)
 
     def _step_adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        states = [self.state[p] for p in params]
-        adamw(
+        guarded_adamw_(
             params,
             [_grad(p) for p in params],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            fused=True,
-            found_inf=self.found_inf,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
+            [self.state[p] for p in params],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
+            betas=group["betas"],
             eps=group["eps"],
-            maximize=False,
+            found_inf=self.found_inf,
         )
 
 
@@ -184,9 +236,12 @@ def batch_by_shape(params: Sequence[Tensor]) -> Iterator[list[int]]:
     for i, p in enumerate(params):
         shapes.setdefault(tuple(p.shape), []).append(i)
     for shape, indices in shapes.items():
-        most = MOST_STACKED.get(params[0].device.type, MOST_STACKED_ELSEWHERE)
-        size = max(1, most // math.prod(shape))
+        size = max(1, _most_stacked(params) // math.prod(shape))
         yield from (indices[i : i + size] for i in range(0, len(indices), size))
+
+
+def _most_stacked(params: Sequence[Tensor]) -> int:
+    return MOST_STACKED.get(params[0].device.type, MOST_STACKED_ELSEWHERE)
 
 
 def pick_matmul_dtype(parameter: Tensor) -> torch.dtype:

@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from shardwright.parallel.logical import Logical
 
 
 def build_adam_state(parameter: Tensor) -> dict[str, Tensor]:
@@ -42,24 +45,58 @@ def named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Te
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The live state tensors by ``<what>.<logical name>``, for instance ``exp_avg.blocks.0.mlp.up.weight``."""
-    return {
-        f"{what}.{name}": tensor
-        for name, parameter in named_parameters(optimizer)
-        for what, tensor in optimizer.state[parameter].items()
-    }
+    """The live state tensors by ``<what>.<logical name>``, for instance ``exp_avg.blocks.0.mlp.up.weight``.
+
+    Those of a parameter that is spread are DTensors that lie as it does, in the memory of the state.
+    """
+    return {key: logical.wrap(logical.local) for key, logical in _logical_states(optimizer)}
 
 
 @torch.no_grad()
 def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Copy saved state into the optimizer; ValueError, with nothing changed, unless all of it fits."""
-    own = state_tensors(optimizer)
+    """Copy saved state, whole tensors or such as `state_tensors` gives, into the optimizer.
+
+    ValueError, with nothing changed, unless all of it fits.
+    """
+    own = dict(_logical_states(optimizer))
     _refuse("lacks", own.keys() - tensors.keys(), len(own))
     _refuse("has unknown", tensors.keys() - own.keys(), len(own))
-    misshapen = {n for n, t in own.items() if t.shape != tensors[n].shape}
+    misshapen = {n for n, logical in own.items() if logical.shape != tensors[n].shape}
     _refuse("has other shapes for", misshapen, len(own))
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
+    for name, logical in own.items():
+        logical.local.copy_(_part(logical, tensors[name]))
+
+
+def _part(logical: Logical, saved: Tensor) -> Tensor:
+    if not isinstance(saved, DTensor):
+        return logical.part(saved)
+    own = logical.wrap(logical.local)
+    assert isinstance(own, DTensor), "one process saves and loads whole tensors"
+    if (saved.device_mesh, saved.placements) == (own.device_mesh, own.placements):
+        return saved.to_local()
+    return logical.part(saved.full_tensor())
+
+
+def _logical_states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Logical]]:
+    """Every state tensor as the logical tensor that this rank holds a part of."""
+    logicals: Mapping[Tensor, Logical] = optimizer.logical  # type: ignore[attr-defined]
+    for name, parameter in named_parameters(optimizer):
+        logical = logicals[parameter]
+        for what, local in optimizer.state[parameter].items():
+            counts = what == "step"  # alike on all ranks
+            kept = Logical.whole(local) if counts else logical.keep(local, _kept_dims(what, local, logical))
+            yield f"{what}.{name}", kept
+
+
+def _kept_dims(what: str, local: Tensor, logical: Logical) -> list[int]:
+    """The dims of the parameter that a state has: Adafactor's rows and columns lack one."""
+    dims = list(range(len(logical.shape)))
+    if what == "exp_avg_sq_row":
+        dims.pop(-1)
+    elif what == "exp_avg_sq_col":
+        dims.pop(-2)
+    assert len(dims) == local.ndim, f"{what}: {local.ndim} dims where {len(dims)} are kept"
+    return dims
 
 
 def _refuse(what: str, names: set[str], expected: int) -> None:

@@ -92,6 +92,23 @@ def test_decontamination(tmp_path, request, language):
     assert chosen.keep(texts[3][:20], counts)
 
 
+def test_evaluation_texts_that_are_too_short_are_told(tmp_path, english, capsys):
+    path = tmp_path / "test.jsonl"
+    short = [json.dumps({"question": "Who was the first president of them all?", "answer": "Washington"})] * 2
+    path.write_text("\n".join([*short, json.dumps({"question": english[3][20:220]})]))
+    options = PrepareConfig(input=["x"], output="y", filters={"decontaminate": [str(path)]})
+    facts: list[dict[str, object]] = []
+    assert len(contamination_of(list_inputs([str(path)]), options, facts))
+    assert (facts[0]["records"], facts[0]["too_short"]) == (3, 2)
+    assert "test.jsonl: 2 of 3 records have no text of 13 words and cannot be found" in capsys.readouterr().err
+    path.write_text("\n".join(short))
+    message = (
+        r"test.jsonl: no text of its 2 records has 13 words \(the longest has 8\).*lower filters.decontaminate_words"
+    )
+    with pytest.raises(ConfigError, match=message):
+        contamination_of(list_inputs([str(path)]), options, [])
+
+
 def test_words_are_letters_and_single_ideographs():
     assert len(word_hashes("Don't stop 2day, 你好！カナ")) == 8
     assert np.array_equal(word_hashes("HELLO World"), word_hashes("hello, world!"))

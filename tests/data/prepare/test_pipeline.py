@@ -160,6 +160,37 @@ def test_nothing_left_and_no_training_text(tmp_path, jsonl, poems):
         run(path, tmp_path / "out2", validation_every=1)
 
 
+def test_files_without_records_are_told_and_counted(tmp_path, jsonl, poems, capsys):
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    jsonl(folder / "a.jsonl", poems[:60])
+    (folder / "b.csv").write_text("id,text\n")
+    (folder / "c.tar").write_bytes(bytes(10240))
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), folder / "d.parquet")
+    (folder / "e.json").write_text("[]")
+    manifest = run(folder, tmp_path / "out")
+    assert manifest.counts["files_without_records"] == 4 and manifest.counts["records"] == 60
+    said = capsys.readouterr().err
+    assert [f"{folder}/{name}: holds no record" in said for name in ("a.jsonl", "b.csv", "c.tar", "d.parquet", "e.json")] == [
+        False, True, True, True, True,
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="b.csv: no document is left"):
+        run(folder / "b.csv", tmp_path / "out2")
+
+
+def test_an_empty_validation_split_is_told(tmp_path, jsonl, poems, capsys):
+    path = jsonl(tmp_path / "a.jsonl", poems[:3])
+    run(path, tmp_path / "out", validation_every=10**6)
+    said = capsys.readouterr().err
+    assert "validation_every=1000000: of 3 documents none is in the validation split" in said
+    assert "lower validation_every" in said
+    run(path, tmp_path / "out2", validation_every=0)
+    assert "validation split" not in capsys.readouterr().err
+
+
 def test_wrong_tokenizer_is_told_before_any_work(tmp_path, jsonl, poems):
     path = jsonl(tmp_path / "a.jsonl", poems[:3])
     with pytest.raises(ConfigError, match="no such tokenizer file or folder"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import gc
 import gzip
 import io
 import json
@@ -22,7 +23,7 @@ import zstandard
 from shardwright.config import ConfigError, RunError
 from shardwright.data.prepare import PrepareConfig, prepare, streams
 from shardwright.data.prepare.inputs import list_inputs
-from shardwright.data.prepare.records import BROKEN, END, JSON
+from shardwright.data.prepare.records import BROKEN, END, JSON, TEXT
 from shardwright.data.prepare.units import BrokenRecord, extract
 
 COMPRESS = {
@@ -47,6 +48,11 @@ def faults(records):
         except BrokenRecord as error:
             found.append((error.where(record), str(error)))
     return found
+
+
+def write(path, data):
+    path.write_bytes(data)
+    return path
 
 
 def as_bytes(ending, documents):
@@ -142,6 +148,36 @@ def test_altered_compression_is_named(tmp_path, read, english, packing):
     assert any("damaged" in reason or "cut off" in reason for _, reason in faults(read(path)))
 
 
+@pytest.mark.parametrize("packing", [".gz", ".zst", ".xz", ".bz2"])
+def test_streams_one_behind_the_other(tmp_path, read, poems, packing):
+    """All are read; damage in a later one, a cut and what is no stream at all are found."""
+    pack = COMPRESS[packing]
+    first, second = (pack(as_bytes(".jsonl", poems[n : n + 200])) for n in (0, 200))
+    path = tmp_path / f"a.jsonl{packing}"
+    assert texts(read(write(path, first + second))) == poems[:400]
+    assert texts(read(write(path, pack(b"") + first + pack(b"") + second + pack(b"")))) == poems[:400]
+    broken = bytearray(second)
+    broken[0] ^= 0x55
+    for behind in (bytes(broken), second[:3], second[: len(second) // 2], second[:-1], b"garbage", b"x"):
+        records = read(write(path, first + behind))
+        ((_, reason),) = faults(records)
+        assert ("damaged" in reason or "cut off" in reason) and texts(records)[:200] == poems[:200]
+
+
+@pytest.mark.parametrize(("zeros", "is_fine"), [(4, True), (2**16, True), (3, False)])
+def test_zeros_between_xz_streams(tmp_path, read, poems, zeros, is_fine):
+    first, second = (lzma.compress(as_bytes(".jsonl", poems[n : n + 200])) for n in (0, 200))
+    for behind, count in ((second, 400), (b"", 200)):
+        records = read(write(tmp_path / "a.jsonl.xz", first + bytes(zeros) + behind))
+        assert len(faults(records)) == (not is_fine)
+        assert texts(records) == poems[: count if is_fine else 200]
+
+
+def test_bzip2_padding_is_damage(tmp_path, read, poems):
+    ((_, reason),) = faults(read(write(tmp_path / "a.jsonl.bz2", bz2.compress(b'{"text": "a"}\n') + bytes(4))))
+    assert "damaged" in reason
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -210,6 +246,30 @@ def test_broken_parquet(tmp_path, read, english):
     assert faults(read(path)) == [("schema", "no column 'text'; it has body: say text_field=")]
 
 
+def test_dotted_columns_of_parquet(tmp_path, read, poems):
+    path = tmp_path / "a.parquet"
+    rows = [{"meta": {"body": text, "n": {"x": 1}}, "id": n} for n, text in enumerate(poems[:3])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([*rows, {"meta": None, "id": 3}]), path)
+    records = read(path, text_field="meta.body")
+    assert texts(records[:3]) == poems[:3]
+    assert faults(records) == [("row 4", "field 'text' is null, expected text")]
+    for field in ("meta.title", "meta.body.x", "text"):
+        (fault,) = faults(read(path, text_field=field))
+        assert fault == ("schema", f"no column {field!r}; it has meta, id: say text_field=")
+    pyarrow.parquet.write_table(pyarrow.table({"meta.body": poems[:2]}), path)
+    assert texts(read(path, text_field="meta.body")) == poems[:2]
+
+
+@pytest.mark.parametrize("head", [b"\n  ", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n\t"])
+def test_json_arrays_behind_blanks_and_a_byte_order_mark(tmp_path, read, poems, head):
+    path = tmp_path / "a.json"
+    path.write_bytes(head + as_bytes(".json", poems[:3]))
+    assert texts(read(path)) == poems[:3]
+    path.write_bytes(head + b"[" * 100000)
+    ((_, reason),) = faults(read(path))
+    assert "not valid JSON" in reason
+
+
 def test_empty_files(tmp_path, read):
     (tmp_path / "a.txt").touch()
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b""))
@@ -276,8 +336,65 @@ def test_pickles_in_a_tar_are_refused_by_name(tmp_path, read):
     path = tmp_path / "a.tar"
     path.write_bytes(tar_of({"a.txt": b"fine", "x/b.PKL": b"", "c.pth": b"x", "d.txt": b"fine"}))
     records = read(path)
-    reason = "is a pickle, which can run code when read; take it out of the tar"
+    reason = "is a pickle, which can run code when read; take it out of the tar or say which members= to read"
     assert faults(records) == [("x/b.PKL", reason), ("c.pth", reason)] and texts(records) == ["fine"] * 2
+    assert [r.kind for r in read(path, members="*.txt")] == [TEXT, TEXT, END]
+
+
+def test_a_broken_member_costs_itself_alone(tmp_path, read, english):
+    """OpenWebText's layout: compressed tars in a tar, one of them cut off, one damaged, one with a bad tar inside."""
+    inner = [tar_of({f"{n}.txt": english[n].encode()}) for n in range(6)]
+    packed = [lzma.compress(data) for data in inner]
+    packed[1] = packed[1][:-100]
+    packed[2] = packed[2][:200] + bytes([packed[2][200] ^ 0xFF]) + packed[2][201:]
+    packed[3] = lzma.compress(inner[3][:600])
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_of({f"subset{n}.xz": data for n, data in enumerate(packed)}))
+    records = read(path)
+    assert texts(records) == [english[n] for n in (0, 4, 5)]
+    assert [where.partition(":")[0] for where, _ in faults(records)] == [f"subset{n}.xz" for n in (1, 2, 3)]
+    path.write_bytes(tar_of({f"subset{n}.xz": data for n, data in enumerate(packed)})[:-12000])
+    records = read(path)
+    assert [where.partition(":")[0] for where, _ in faults(records)] == [f"subset{n}.xz" for n in (1, 2, 3, 5)]
+    assert "the tar is cut off or damaged" in faults(records)[-1][1]
+
+
+@pytest.mark.parametrize("packing", ["", ".gz"])
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet", ".json", ".jsonl"])
+def test_tables_in_a_tar(tmp_path, read, poems, ending, packing):
+    path = tmp_path / "a.tar"
+    parts = [as_bytes(ending, poems[n : n + 3]) for n in (0, 3)]
+    path.write_bytes(tar_of({f"{n}{ending}{packing}": COMPRESS[packing](part) for n, part in enumerate(parts)}))
+    assert texts(read(path)) == poems[:6]
+
+
+def test_members_of_a_webdataset(tmp_path, read, poems):
+    shard = {}
+    for n in range(3):
+        shard |= {f"{n:04d}.txt": poems[n].encode(), f"{n:04d}.json": b'{"width": 8}', f"{n:04d}.cls": str(n).encode()}
+    (tmp_path / "a.tar").write_bytes(tar_of(shard))
+    (tmp_path / "b.tar").write_bytes(tar_of({"inner.tar.gz": gzip.compress(tar_of(shard)), "0.txt.gz": b"\x1f\x8b"}))
+    assert len(faults(read(tmp_path / "a.tar"))) == 3
+    assert texts(read(tmp_path / "a.tar", members="*.txt")) == poems[:3]
+    assert texts(read(tmp_path / "a.tar", members="*.cls")) == ["0", "1", "2"]
+    records = read(tmp_path / "b.tar", members="*.txt")
+    assert texts(records) == poems[:3] and [where for where, _ in faults(records)] == ["0.txt.gz: start"]
+
+
+def test_what_ends_in_tar_is_a_tar(tmp_path, read):
+    path = tmp_path / "a.tar"
+    path.write_bytes(bytes(10240))
+    assert [r.kind for r in read(path)] == [r.kind for r in read(path, format="jsonl")] == [END]
+    path.write_bytes(b"no tar at all")
+    ((_, reason),) = faults(read(path))
+    assert "the tar is cut off or damaged" in reason
+    old = tar_of({"a.txt": b"fine"})
+    header = bytearray(old[:512])
+    header[257:265] = bytes(8)  # as tar wrote headers before POSIX
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(bytes(header) + old[512:])
+    assert texts(read(path)) == ["fine"]
 
 
 def test_names_that_are_not_utf8(tmp_path, read):
@@ -393,6 +510,41 @@ def test_cut_off_warc(tmp_path, read, english):
     assert [where for where, reason in faults(read(path)) if "cut off" in reason] == ["record 3"]
 
 
+@pytest.mark.parametrize("packing", [p for p in COMPRESS if p])
+def test_a_cut_off_compressed_warc_is_never_whole(tmp_path, read, english, packing):
+    pages = [("text/plain", t.encode()) for t in english[:4]]
+    packed = COMPRESS[packing](gzip.decompress(warc_of(pages, "conversion")))
+    if packing == ".gz":
+        packed = warc_of(pages, "conversion")
+    whole = len(texts(read(write(tmp_path / f"a.wet{packing}", packed))))
+    for share in (0.3, 0.6, 0.999):
+        records = read(write(tmp_path / f"a.wet{packing}", packed[: int(len(packed) * share)]))
+        ((_, reason),) = faults(records)
+        assert "cut off" in reason and len(texts(records)) <= whole == 4
+
+
+@pytest.mark.parametrize("kind", ["conversion", "response"])
+def test_a_warc_cut_at_any_byte_is_never_whole(tmp_path, read, kind):
+    """Whole is only what ends between records: of three, 0 to 3 bytes before or behind their ends."""
+    texts_ = [b"<p>one</p>", b"<p>two</p>", b"<p>three</p>"]
+    data = gzip.decompress(warc_of([("text/html" if n < 2 else "image/png", t) for n, t in enumerate(texts_)], kind))
+    ends = [place for n in range(3) if (place := data.index(texts_[n]) + len(texts_[n]))]
+    for cut in range(10, len(data)):
+        found = faults(read(write(tmp_path / "a.warc", data[:cut])))
+        assert len(found) == (not any(end <= cut <= end + 4 for end in ends)), data[:cut][-40:]
+
+
+def test_warc_records_without_a_length_or_an_address(tmp_path, read):
+    head = b"WARC/1.0\r\nWARC-Type: %s\r\n%s\r\n"
+    path = write(tmp_path / "a.wet", head % (b"conversion", b"") + b"hello\r\n\r\n")
+    assert faults(read(path)) == [("record 1", "its header is cut off or lacks a Content-Length; fetch the file again")]
+    page = (
+        b"HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n" + PAGE.format("<p>Plain enough, this story.</p>").encode()
+    )
+    path.write_bytes(head % (b"response", b"Content-Length: %d\r\n" % len(page)) + page + b"\r\n\r\n")
+    assert texts(read(path)) == ["Plain enough, this story."]
+
+
 WIKI = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/"><siteinfo/>
 <page><title>Paris</title><ns>0</ns><revision>
 <text>'''Paris''' is [[city|a city]].&lt;ref&gt;x&lt;/ref&gt;</text></revision></page>
@@ -411,9 +563,17 @@ def test_wikipedia_dump(tmp_path, read):
     assert where == f"page {WIKI[:-200].count('</page>') + 1}" and "not valid XML" in reason
 
 
+def test_other_xml_is_refused(tmp_path, read):
+    path = tmp_path / "feed.xml"
+    path.write_text('<?xml version="1.0"?><rss version="2.0"><channel><item><title>News</title></item></channel></rss>')
+    assert faults(read(path)) == [("start", "expected a Wikipedia dump (<mediawiki>), found XML of <rss>; take it out")]
+
+
 def test_hugging_face_datasets(tmp_path, read, english):
     import datasets
 
+    datasets.Dataset.from_dict({"meta": [{"body": t} for t in english[:2]]}).save_to_disk(str(tmp_path / "nested"))
+    assert texts(read(f"hf:{tmp_path / 'nested'}", text_field="meta.body")) == english[:2]
     datasets.Dataset.from_dict({"text": english[:3]}).save_to_disk(str(tmp_path / "saved"))
     assert texts(read(f"hf:{tmp_path / 'saved'}")) == english[:3]
     with pytest.raises(ConfigError, match=r"save_to_disk wrote; give it as hf:.*saved"):
@@ -502,6 +662,7 @@ def serve():
                     self.send_response(status)
                     self.send_header("Content-Length", str(len(data)) if status == 200 else "0")
                     self.send_header("Accept-Ranges", "none")
+                    self.send_header("ETag", f'"{len(data)}"')
                     self.end_headers()
                 if status == 200 and self.command == "GET":
                     self.wfile.write(data)
@@ -525,6 +686,26 @@ def serve():
 @pytest.mark.parametrize("statuses", [[500] * 4, [None] * 4, [429, 503, 200, 500, 500]])
 def test_passing_trouble_of_a_server_is_waited_for(read, serve, english, statuses):
     assert texts(read(serve(as_bytes(".jsonl", english[:2]), statuses) + "/a.jsonl")) == english[:2]
+
+
+@pytest.mark.parametrize("packing", ["", ".gz"])
+def test_a_cut_off_warc_behind_a_url(read, serve, english, packing):
+    data = warc_of([("text/plain", t.encode()) for t in english[:3]], "conversion")
+    data = data if packing else gzip.decompress(data)
+    records = read(serve(data[:-2000], []) + f"/a.wet{packing}")
+    ((_, reason),) = faults(records)
+    assert "cut off" in reason and texts(records) == english[:2]
+
+
+def test_parquet_needs_a_server_that_sends_parts(read, serve, english, capfd):
+    url = serve(as_bytes(".parquet", english[:2]), []) + "/a.parquet"
+    assert list_inputs([url])[0].tag == f'"{len(as_bytes(".parquet", english[:2]))}"'
+    with pytest.raises(
+        ConfigError, match="cannot begin in the middle of a file, .*; download it first and give the copy"
+    ):
+        read(url)
+    gc.collect()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_lasting_trouble_of_a_server_is_told_apart(read, serve, monkeypatch):

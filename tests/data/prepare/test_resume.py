@@ -267,6 +267,68 @@ def test_changed_files_of_the_same_size_are_noticed(tmp_path, jsonl, poems):
         run(path, tmp_path / "out", filters=filters)
 
 
+def test_changed_remote_files_are_noticed_by_what_their_file_system_says(tmp_path, jsonl, poems):
+    path = jsonl(tmp_path / "a.jsonl", poems[:50])
+    os.utime(path, (1, 1))
+    url, filters = (
+        f"file://{path}",
+        {"decontaminate": [f"file://{jsonl(tmp_path / 'test.jsonl', ['What is it? ' * 9])}"]},
+    )
+    (file,) = run(url, tmp_path / "out", filters=filters).source["files"]
+    assert file["tag"] == "1.0"
+    run(url, tmp_path / "out", filters=filters)
+    os.utime(path, (2, 2))
+    with pytest.raises(ConfigError, match=r"from other input \(file:///.*/a.jsonl has changed"):
+        run(url, tmp_path / "out", filters=filters)
+    os.utime(path, (1, 1))
+    os.utime(tmp_path / "test.jsonl", (1, 1))
+    with pytest.raises(ConfigError, match=r"from other input \(file:///.*/test.jsonl has changed"):
+        run(url, tmp_path / "out", filters=filters)
+    (tmp_path / "test.jsonl").unlink()
+    path.unlink()
+    run(url, tmp_path / "out", filters=filters)  # the corpus may be gone by now
+
+
+def test_changed_remote_files_are_read_again(tmp_path, jsonl, english, poems):
+    jsonl(tmp_path / "a.jsonl", [t * 4 for t in english])
+    bad = jsonl(tmp_path / "b.jsonl", poems[:50])
+    whole = bad.read_text()
+    bad.write_text(whole + "broken\n")
+    url = f"file://{tmp_path}/*.jsonl"
+    with pytest.raises(ConfigError, match="on_error=skip"):
+        run(url, tmp_path / "out")
+    jsonl(tmp_path / "a.jsonl", [t.replace("President", "president") * 4 for t in english])
+    bad.write_text(whole)
+    run(url, tmp_path / "out")
+    run(url, tmp_path / "out2")
+    assert [s.sha256 for s in Manifest.load(tmp_path / "out").splits["train"].shards] == [
+        s.sha256 for s in Manifest.load(tmp_path / "out2").splits["train"].shards
+    ]
+
+
+def test_a_server_out_of_reach_is_no_change(tmp_path, jsonl, poems, capsys):
+    import threading
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    jsonl(tmp_path / "a.jsonl", poems[:50])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/a.jsonl"
+    try:
+        first = run(url, tmp_path / "out")
+        assert first.source["files"][0]["tag"].endswith(" GMT")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert run(url, tmp_path / "out") == first
+    assert "believed to be as it was" in capsys.readouterr().err
+
+
 def test_above_the_limit_only_younger_files_are_hashed(tmp_path, jsonl, poems, monkeypatch):
     monkeypatch.setattr(state, "HASHED_BYTES", 10)
     path = jsonl(tmp_path / "a.jsonl", poems[:50])

@@ -1,0 +1,119 @@
+"""Context parallelism: the ranks of one axis share each sequence, and attention sees all of it.
+
+A row of T tokens is cut into 2c chunks, and rank r of c owns chunks r and 2c-1-r: an early and a late one, so that
+causal attention costs every rank the same. A rank computes everything for its own rows alone; only keys and values
+are gathered over the axis, in one collective a block (Llama 3, Grattafiori et al. 2024, section 3.3.2), and their
+gradients reduce-scattered in the backward pass. The mask comes from the model, which is told where queries and keys
+stand (`row_index`, `key_index`), so packed documents, grouped heads and any kind of positions work, on any device.
+
+torch's ring attention is not offered: its documented door (`tensor.experimental.context_parallel`, a prototype)
+replaces SDPA for the whole process and has to stay open around the backward pass too, takes no mask, and runs on
+GPU kernels alone. Shapes: B batch, T tokens of a row, S keys (= T), H heads, K key heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from shardwright.config import ConfigError
+
+
+class ContextRows:
+    """Which tokens of every row belong to rank `index` of `size`; ConfigError where `length` cannot be cut."""
+
+    def __init__(self, size: int, index: int, length: int) -> None:
+        if not fits_context(length, size):
+            raise ConfigError(
+                f"data.sequence_length={length}: parallel.context={size} cuts a sequence into {2 * size} equal chunks; "
+                f"nearest that can be cut: data.sequence_length={nearest_length(length, size)}"
+            )
+        self.size, self.index, self.length = size, index, length
+        edges = [number * length // (2 * size) for number in range(2 * size + 1)]
+        self.spans = [(edges[chunk], edges[chunk + 1]) for chunk in own_chunks(size, index)]
+        self.rows = torch.cat([torch.arange(*span) for span in self.spans])
+        # The place in the row of each key that attention is given: ContextCore puts them back in their order.
+        self.order = torch.arange(length)
+
+    def slice(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Own rows of a batch of whole sequences ([B, T] each; [B] ones stay), and where queries and keys stand.
+
+        Adds `row_index` [B, T/c], `key_index` [B, T] and, where there are documents, `key_documents` [B, T].
+        """
+        own = {name: self._own(name, tensor) for name, tensor in batch.items()}
+        ids = batch["input_ids"]
+        own["row_index"] = self.rows.to(ids.device).expand(ids.shape[0], -1)
+        own["key_index"] = self.order.to(ids.device).expand(ids.shape[0], -1)
+        if "documents" in batch:
+            own["key_documents"] = batch["documents"]
+        return own
+
+    def _own(self, name: str, tensor: Tensor) -> Tensor:
+        if tensor.dim() < 2:
+            return tensor
+        if tensor.shape[1] != self.length:
+            raise ValueError(f"{name} {list(tensor.shape)}: has no dim of {self.length} tokens to share out")
+        return torch.cat([tensor[:, start:stop] for start, stop in self.spans], dim=1)
+
+
+def own_chunks(size: int, index: int) -> tuple[int, int]:
+    """The early and the late chunk, of 2 x size, that rank `index` owns."""
+    return index, 2 * size - 1 - index
+
+
+def fits_context(length: int, size: int) -> bool:
+    """Whether rows of `length` tokens can be shared out among `size` ranks."""
+    return size == 1 or (length > 0 and length % (2 * size) == 0)
+
+
+def nearest_length(length: int, size: int) -> int:
+    """The row length next to `length` that `size` ranks can share; the longer one of two."""
+    return max((length + size) // (2 * size), 1) * 2 * size
+
+
+class ContextCore(nn.Module):
+    """Stands where `inner` stood in an attention: gathers keys and values, then has `inner` attend chunk by chunk."""
+
+    def __init__(self, inner: nn.Module, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.inner, self.mesh = inner, mesh
+        self.size, self.index = mesh.size(), mesh.get_local_rank()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """Own q [B, H, T/c, d], k and v [B, K, T/c, d]; mask [B, 1, T/c, T], keys in order -> [B, H, T/c, d]."""
+        assert mask is not None, "own rows need their mask: give the model row_index and key_index"
+        chunk = q.shape[2] // 2
+        keys = self._gather(torch.stack([k, v]), chunk)
+        outputs = []
+        for part, place in enumerate(own_chunks(self.size, self.index)):
+            rows = slice(part * chunk, (part + 1) * chunk)
+            seen = place + 1 if causal else 2 * self.size  # chunks after a causal query's own are hidden anyway
+            k, v = torch.cat(keys[:seen], dim=3).unbind(0)
+            outputs.append(self.inner(q[:, :, rows], k, v, mask[:, :, rows, : seen * chunk], causal))
+        return torch.cat(outputs, dim=2)
+
+    def _gather(self, own: Tensor, chunk: int) -> list[Tensor]:
+        """Own keys and values [2, B, K, T/c, d] -> those of each chunk of the row, in order; gradients are summed."""
+        spread = DTensor.from_local(own.unsqueeze(0), self.mesh, [Shard(0)], run_check=False)
+        whole = spread.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        early, late = zip(*(part.split(chunk, dim=3) for part in whole.unbind(0)), strict=True)
+        return [*early, *reversed(late)]
+
+
+def apply_context(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Let every attention of `model` (any part of one) see the keys of all ranks of `mesh`, the 1-D context axis.
+
+    To be called before blocks are compiled or wrapped; a mesh of one rank changes nothing.
+    """
+    assert mesh.ndim == 1, f"the context axis alone, not {mesh.mesh_dim_names}"
+    if mesh.size() == 1:
+        return
+    for module in list(model.modules()):
+        core = getattr(module, "core", None)
+        if isinstance(core, nn.Module):
+            assert not isinstance(core, ContextCore), "applied twice"
+            module.core = ContextCore(core, mesh)

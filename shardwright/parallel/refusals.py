@@ -1,0 +1,408 @@
+"""What cannot work, in one table: each row a rule with its reason, held before any process builds anything.
+
+Rows are pure functions of `Facts`; nothing here looks at a device or a group. Some of what is refused torch 2.13 would
+run and get silently wrong, and a refusal is all that stands between a user and that. `nearest_layouts` searches every
+layout of the same number of processes for those that no row refuses. Printed by `shardwright layouts`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import insort
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from typing import Any, NamedTuple
+
+from shardwright.config import ConfigError
+from shardwright.parallel.context import fits_context, nearest_length
+from shardwright.parallel.stages import SCHEDULES, check_micro_batches, check_virtual
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Everything that decides whether a run can work: its layout by config key, its model, its batches, its means."""
+
+    # The layout. `data` is what is left of the world where the config leaves it out.
+    world: int
+    data: int = 1
+    shard: int | None = None  # data ranks that share one sharded copy; None is all
+    context: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    zero: int = 1
+    schedule: str = "1f1b"
+    stages: int = 1  # of a rank
+    sequence: bool = True
+    # The model. `layers` are what a pipeline can cut apart: embedding, blocks, final norm, head.
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp_width: int
+    vocab_size: int  # 0 where it is not known yet
+    attention_dropout: float = 0.0
+    # The batches. `batches` holds the sequences of a step at every level of a ramp.
+    length: int
+    batches: tuple[int, ...]
+    micro: int
+    # The means.
+    precision: str = "fp32"
+    compile: bool = False
+    recompute: str | int = "none"
+    offload: bool = False
+    device: str = "cpu"
+    engine: str = "native"
+
+    def num_micro_batches(self, batch: int, micro: int | None = None) -> int:
+        """Micro-batches of each data rank in a step of `batch` sequences; the last ones may be padding."""
+        return math.ceil(math.ceil(batch / self.data) / (micro or self.micro))
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether gradients of weights are taken later than those of activations: the zero-bubble schedules."""
+        return self.pipeline > 1 and SCHEDULES[self.schedule].splits_backward
+
+
+class Row(NamedTuple):
+    """One rule: `check` gives the reason in one line where it is broken, else None."""
+
+    name: str
+    rule: str
+    check: Callable[[Facts], str | None]
+    warns: bool = False  # the run works, but a user should know
+
+
+def _world(f: Facts) -> str | None:
+    found = f.data * f.pipeline * f.context * f.tensor
+    if found == f.world:
+        return None
+    return (
+        f"parallel: data={f.data} x pipeline={f.pipeline} x context={f.context} x tensor={f.tensor} makes {found}, "
+        f"not the world of {f.world}"
+    )
+
+
+def _shard(f: Facts) -> str | None:
+    if f.zero == 0 or f.shard is None or f.data % f.shard == 0:
+        return None
+    return f"parallel.shard={f.shard}: does not divide the {f.data} data ranks"
+
+
+def _zero_2(f: Facts) -> str | None:
+    if f.zero != 2 or f.pipeline == 1:
+        return None
+    return "parallel.zero=2: a pipeline reduces gradients once a step, so stage 2 would be stage 1; use parallel.zero=1"
+
+
+def _zero_3(f: Facts) -> str | None:
+    if f.zero != 3 or not f.splits_backward:
+        return None
+    return (
+        f"parallel.zero=3: {f.schedule} takes gradients in two passes, parameters are let go between them, and torch "
+        "computes wrong ones without a word; use parallel.zero=1 or another schedule"
+    )
+
+
+def _compile(f: Facts) -> str | None:
+    if not f.compile or not f.splits_backward:
+        return None
+    return f"train.compile: torch does not carry compiled stages under {f.schedule}; use train.compile=false"
+
+
+def _recompute(f: Facts) -> str | None:
+    if f.recompute != "selective" or not f.splits_backward:
+        return None
+    return (
+        f"train.recompute=selective: {f.schedule} goes back through a block twice, selective recomputation allows one "
+        "pass; use train.recompute=full"
+    )
+
+
+def _stages(f: Facts) -> str | None:
+    reason = check_virtual(f.schedule, f.stages) if f.pipeline > 1 else None
+    return reason and f"parallel.stages={f.stages}: {reason}"
+
+
+def _layers(f: Facts) -> str | None:
+    stages = f.pipeline * f.stages
+    if f.pipeline == 1 or stages <= f.layers:
+        return None
+    return (
+        f"parallel.pipeline={f.pipeline}: {stages} stages cannot be cut from {f.layers} parts (embedding, blocks, "
+        "final norm, head)"
+    )
+
+
+def _micro_batches(f: Facts) -> str | None:
+    if f.pipeline == 1 or check_virtual(f.schedule, f.stages):
+        return None
+    for batch in f.batches:
+        reason = _misfit(f, batch, f.micro)
+        if reason:
+            fitting = next((m for m in range(f.micro - 1, 0, -1) if not any(_misfit(f, b, m) for b in f.batches)), None)
+            remedy = f"; batch.micro={fitting} fits" if fitting else ""
+            return f"batch.micro={f.micro}: {reason}, in a step of {batch} sequences over data={f.data}{remedy}"
+    return None
+
+
+def _misfit(f: Facts, batch: int, micro: int) -> str | None:
+    return check_micro_batches(f.schedule, f.pipeline, f.stages, f.num_micro_batches(batch, micro))
+
+
+def _divides(what: str, key: str, size: int, degree: int) -> str | None:
+    if size % degree == 0:
+        return None
+    fitting = [str(d) for d in range(1, min(size, 2 * degree) + 1) if size % d == 0]
+    return f"parallel.tensor={degree}: does not divide {what} ({key}={size}); {', '.join(fitting)} do"
+
+
+def _heads(f: Facts) -> str | None:
+    return _divides("the query heads", "model.heads", f.heads, f.tensor)
+
+
+def _kv_heads(f: Facts) -> str | None:
+    return _divides("the key heads", "model.kv_heads", f.kv_heads, f.tensor)
+
+
+def _mlp(f: Facts) -> str | None:
+    return _divides("the feed-forward width", "model.mlp_width", f.mlp_width, f.tensor)
+
+
+def _vocabulary(f: Facts) -> str | None:
+    rows, degree = f.vocab_size, f.tensor
+    if not rows or (degree - 1) * math.ceil(rows / degree) < rows:
+        return None
+    return f"parallel.tensor={degree}: a vocabulary of {rows} (model.vocab_size) leaves a rank without a row"
+
+
+def _sequence(f: Facts) -> str | None:
+    if f.tensor == 1 or not f.sequence or f.length % (f.context * f.tensor) == 0:
+        return None
+    return (
+        f"data.sequence_length={f.length}: does not divide into parallel.context={f.context} x parallel.tensor="
+        f"{f.tensor} slices; change it or use parallel.sequence=false"
+    )
+
+
+def _context(f: Facts) -> str | None:
+    if fits_context(f.length, f.context):
+        return None
+    return (
+        f"data.sequence_length={f.length}: parallel.context={f.context} cuts a sequence into {2 * f.context} equal "
+        f"chunks; {nearest_length(f.length, f.context)} is the nearest that can be cut"
+    )
+
+
+def _engine(f: Facts) -> str | None:
+    degrees = {"tensor": f.tensor, "pipeline": f.pipeline, "context": f.context}
+    asked = [f"parallel.{axis}={degree}" for axis, degree in degrees.items() if degree > 1]
+    if f.engine == "native" or not asked:
+        return None
+    return f"engine={f.engine}: carries data parallelism and ZeRO alone, not {' and '.join(asked)}; use engine=native"
+
+
+def _engine_fp16(f: Facts) -> str | None:
+    if (f.engine, f.device, f.precision) != ("deepspeed", "cpu", "fp16"):
+        return None
+    return "precision.compute=fp16: DeepSpeed has no fp16 on a CPU; use bf16 or engine=native"
+
+
+def _offload(f: Facts) -> str | None:
+    if not f.offload or f.world > 1:
+        return None
+    return "parallel.offload: one process keeps its masters beside the model; use parallel.offload=false"
+
+
+def _attention_dropout(f: Facts) -> str | None:
+    if not f.attention_dropout or f.world == 1:
+        return None
+    return (
+        f"model.attention_dropout={f.attention_dropout:g}: is drawn inside the attention kernel on each rank, so that "
+        "losses depend on the layout"
+    )
+
+
+ROWS: tuple[Row, ...] = (
+    Row("world", "degrees multiply to the number of processes", _world),
+    Row("shard", "the ranks that share a sharded copy divide the data ranks", _shard),
+    Row("zero 2 in a pipeline", "a pipeline reduces gradients once a step: stage 2 is stage 1 there", _zero_2),
+    Row("zero 3 in zero-bubble", "torch computes wrong gradients from parameters let go too early", _zero_3),
+    Row("compile in zero-bubble", "torch does not carry compiled stages there (pytorch#161904)", _compile),
+    Row("selective recomputation in zero-bubble", "it allows one pass back through a block, not two", _recompute),
+    Row("stages of a rank", "gpipe and 1f1b: 1; zbv and dualpipev: 2; interleaved: any", _stages),
+    Row("layers", "no more stages than embedding, blocks, final norm and head", _layers),
+    Row(
+        "micro-batches",
+        "of each step, also under a ramp: 1f1b as many as ranks or more; dualpipev as many as stages or more; "
+        "interleaved a multiple of (micro-batches // ranks); gpipe and zbv any",
+        _micro_batches,
+    ),
+    Row("query heads", "each tensor rank has as many whole heads as the others", _heads),
+    Row("key heads", "as query heads: none is copied to several ranks", _kv_heads),
+    Row("feed-forward width", "tensor ranks divide it", _mlp),
+    Row("vocabulary", "each tensor rank has a row of it; it need not divide", _vocabulary),
+    Row("sequence slices", "context x tensor ranks divide the sequence, unless parallel.sequence=false", _sequence),
+    Row("context chunks", "a sequence is a multiple of two chunks a context rank", _context),
+    Row("engine", "deepspeed and accelerate carry data parallelism and ZeRO alone", _engine),
+    Row("deepspeed fp16", "DeepSpeed has no fp16 on a CPU", _engine_fp16),
+    Row("offload", "one process keeps its masters beside the model", _offload),
+    Row("attention dropout", "its masks depend on the layout: each rank draws its own", _attention_dropout, warns=True),
+)
+
+
+def table() -> list[Row]:
+    """Every rule, those that only warn last."""
+    return sorted(ROWS, key=lambda row: row.warns)
+
+
+def refusals(facts: Facts) -> list[str]:
+    """The reasons why a layout cannot work, one line each; empty where it can."""
+    return [reason for row in ROWS if not row.warns and (reason := row.check(facts))]
+
+
+def layout_warnings(facts: Facts) -> list[str]:
+    """What works, but a user should know."""
+    return [reason for row in ROWS if row.warns and (reason := row.check(facts))]
+
+
+def check_layout(facts: Facts) -> None:
+    """ConfigError with every reason and the nearest layouts that fit, unless this one does."""
+    reasons = refusals(facts)
+    if not reasons:
+        return
+    near = [describe(layout, facts) for layout in nearest_layouts(facts)]
+    found = f"nearest that fit: {' or '.join(near)}" if near else f"no other layout of a world of {facts.world} fits"
+    raise ConfigError(f"{'; '.join(reasons)}; {found}")
+
+
+DEGREES = ("data", "context", "tensor", "pipeline")
+SETTINGS = ("shard", "zero", "schedule", "stages", "sequence")
+
+
+def describe(layout: Facts, asked: Facts | None = None) -> str:
+    """Degrees over 1 as config keys, and the settings in which `layout` differs from `asked`."""
+    degrees = [f"{axis}={getattr(layout, axis)}" for axis in DEGREES if getattr(layout, axis) > 1] or ["data=1"]
+    changed = {key: getattr(layout, key) for key in SETTINGS if key in _changes(layout, asked or layout)}
+    return " ".join(degrees + [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changed.items()])
+
+
+def nearest_layouts(facts: Facts, limit: int = 3) -> list[Facts]:
+    """At most `limit` layouts of the same world that no row refuses, the most like `facts` first.
+
+    A setting (ZeRO stage, schedule, ...) is changed only where the degrees do not fit without.
+    """
+    found: list[tuple[float, int, Facts]] = []
+    number = 0
+    for far, degrees in sorted((_distance(facts, d), d) for d in factorisations(facts.world, len(DEGREES))):
+        bound = found[limit - 1][0] if len(found) >= limit else math.inf
+        if far >= bound:
+            break
+        fitting: list[Facts] = []
+        for cost, layout in _settings(_with_degrees(facts, degrees)):
+            if far + cost >= bound or len(fitting) == limit:
+                break
+            changes = _changes(layout, facts)
+            if any(_changes(other, facts) <= changes for other in fitting) or refusals(layout):
+                continue
+            fitting.append(layout)
+            number += 1
+            insort(found, (far + cost, number, layout))
+    return [layout for _, _, layout in found[:limit]]
+
+
+def fitting_layouts(facts: Facts) -> list[Facts]:
+    """Every layout of the world that fits, in a fixed order: all degrees with all settings that matter to them."""
+    layouts = [
+        layout
+        for degrees in factorisations(facts.world, len(DEGREES))
+        for _, layout in _settings(_with_degrees(facts, degrees))
+        # One rank alone has nothing to share out: it is listed once.
+        if (layout.zero == 0 or layout.data * layout.context > 1) and not refusals(layout)
+    ]
+    return sorted(layouts, key=_order)
+
+
+def _order(f: Facts) -> tuple[int, ...]:
+    schedule = list(SCHEDULES).index(f.schedule)
+    return (f.pipeline, f.tensor, f.context, f.data, f.zero, schedule, f.stages, int(not f.sequence))
+
+
+@lru_cache
+def factorisations(number: int, count: int) -> tuple[tuple[int, ...], ...]:
+    """Every way to write `number` as an ordered product of `count` factors."""
+    if count == 1:
+        return ((number,),)
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return tuple((d, *rest) for d in divisors for rest in factorisations(number // d, count - 1))
+
+
+def _with_degrees(facts: Facts, degrees: tuple[int, ...]) -> Facts:
+    data, context, tensor, pipeline = degrees
+    return replace(facts, data=data, context=context, tensor=tensor, pipeline=pipeline)
+
+
+def _distance(facts: Facts, degrees: tuple[int, ...]) -> float:
+    """Doublings and halvings between two sets of degrees; of the data degree, which mostly fills up, half as many."""
+    far = 0.0
+    for axis, degree in zip(DEGREES, degrees, strict=True):
+        far += (0.5 if axis == "data" else 1.0) * abs(math.log2(degree / getattr(facts, axis)))
+    return round(far, 6)
+
+
+def _changes(layout: Facts, asked: Facts) -> set[str]:
+    """Settings that differ."""
+    return {key for key in SETTINGS if getattr(layout, key) != getattr(asked, key)}
+
+
+def _settings(facts: Facts) -> Iterator[tuple[float, Facts]]:
+    """`facts` with each choice of the settings that matter to its degrees, cheapest change first, and its cost."""
+    choices = product(_shards(facts), _zeros(facts), _schedules(facts), _sequences(facts))
+    costed = [(round(sum(cost for cost, _ in choice), 6), choice) for choice in choices]
+    for cost, choice in sorted(costed, key=lambda pair: pair[0]):
+        changed: dict[str, Any] = {}
+        for _, keys in choice:
+            changed |= keys
+        yield cost, replace(facts, **changed)
+
+
+_Choice = tuple[float, dict[str, Any]]
+
+
+def _shards(facts: Facts) -> list[_Choice]:
+    """As asked; else the divisor of the data ranks nearest to it."""
+    asked: _Choice = (0.0, {})
+    if not _shard(facts):
+        return [asked]
+    assert facts.shard is not None
+    wanted = facts.shard
+    near = min((d for d in range(1, facts.data + 1) if facts.data % d == 0), key=lambda d: (abs(d - wanted), d))
+    return [asked, (0.2, {"shard": near})]
+
+
+def _zeros(facts: Facts) -> list[_Choice]:
+    # Of two as near, the one that shards less.
+    return [(0.3 * abs(z - facts.zero) + 0.05 * (z > facts.zero), {"zero": z}) for z in range(4)]
+
+
+def _schedules(facts: Facts) -> list[_Choice]:
+    if facts.pipeline == 1:
+        return [(0.0, {})]
+    asked = SCHEDULES[facts.schedule].placement
+    choices: list[_Choice] = [(0.0, {})]
+    for name, schedule in SCHEDULES.items():
+        cost = 0.0 if name == facts.schedule else 0.4 if schedule.placement == asked else 0.6
+        counts = {"single": {1}, "v": {2}, "loop": {1, 2, facts.stages}}[schedule.placement]
+        choices += [
+            (cost + 0.2 * abs(n - facts.stages), {"schedule": name, "stages": n})
+            for n in sorted(counts)
+            if (name, n) != (facts.schedule, facts.stages)
+        ]
+    return choices
+
+
+def _sequences(facts: Facts) -> list[_Choice]:
+    if facts.tensor == 1 or not facts.sequence:
+        return [(0.0, {})]
+    return [(0.0, {}), (0.3, {"sequence": False})]

@@ -1,0 +1,225 @@
+"""The modules that one rank computes, wrapped for its layout in the one fixed order.
+
+1. the stage's layers, on the meta device  2. tensor plan  3. context core  4. selective recomputation  5. compile of
+each block  6. full recomputation  7. FSDP over blocks, then stage  8. memory  9. first weights, each a function of
+(seed, its name) alone. In one process, 1, 4 to 6 and 9 are what is left.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from shardwright.config import Config
+from shardwright.log import get_logger
+from shardwright.model.count import num_flops
+from shardwright.model.families import build_model
+from shardwright.model.init import apply_init, initial_value
+from shardwright.model.transformer import LanguageModel
+from shardwright.objective.causal import Causal
+from shardwright.parallel.context import ContextRows, apply_context
+from shardwright.parallel.logical import Logical
+from shardwright.parallel.mesh import World
+from shardwright.parallel.pipeline import Pipeline, build_tied_group
+from shardwright.parallel.precision import FORMATS
+from shardwright.parallel.recompute import apply_recompute
+from shardwright.parallel.refusals import Facts
+from shardwright.parallel.stages import SCHEDULES, keep_layers, layer_costs, split_layers, stage_indices
+from shardwright.parallel.tensor import apply_tensor, localize_head
+from shardwright.parallel.zero import ShardedMasters, TiedWeight, apply_zero
+from shardwright.train.stages import Cut, Loop, LossModel, Stages, whole
+
+LAYOUT_KEYS = {"shard", "context", "tensor", "pipeline", "zero", "schedule", "sequence", "offload"}
+SHARED = "embed.tokens"  # whose weight is the head's as well, where the model is tied
+
+
+def build_stages(config: Config, world: World, objective: Causal) -> Stages:
+    """This rank's stages, ready to be run."""
+    if world.mesh is None:
+        model = build_model(config.model)  # type: ignore[arg-type]
+        apply_init(model, config.model, config.train.seed)  # type: ignore[arg-type]
+        apply_blocks(model.to(world.device), config)
+        only = LossModel(model, objective, config.train.seed).train()
+        return Stages({0: only}, Loop(only), world)
+    ranges, own = _stage_layers(config, world)
+    models = {}
+    for index in own:
+        model = _build_part(config, ranges[index])
+        last = index == len(ranges) - 1
+        stage = LossModel(model, objective, config.train.seed, first=index == 0, last=last)
+        models[index] = _spread(stage, config, world)
+    return Stages(models, _build_passes(config, world, models), world, _build_cut(config, world))
+
+
+def build_facts(config: Config, size: int) -> Facts:
+    """What decides whether a config can run in a world of `size` processes."""
+    parallel, model = config.parallel, config.model
+    fixed = parallel.tensor * parallel.context * parallel.pipeline
+    full, ramp = config.global_batch(), config.batch.ramp
+    with torch.device("meta"):
+        shape = model.model_copy(update={"vocab_size": model.vocab_size or 2})
+        layers = len(build_model(shape).layers())  # type: ignore[arg-type]
+    return Facts(
+        world=size,
+        data=parallel.data or max(size // fixed, 1),
+        **parallel.model_dump(include=LAYOUT_KEYS),
+        stages=num_virtual(config),
+        layers=layers,
+        heads=model.heads,  # type: ignore[attr-defined]
+        kv_heads=model.num_kv_heads,  # type: ignore[attr-defined]
+        mlp_width=model.hidden_width,  # type: ignore[attr-defined]
+        vocab_size=model.vocab_size,
+        attention_dropout=model.attention_dropout,  # type: ignore[attr-defined]
+        length=config.data.sequence_length,
+        batches=(full,) if ramp is None else (*range(ramp.start, full, ramp.increment), full),
+        micro=config.batch.micro,
+        precision=config.precision.compute,
+        compile=wants_compile(config),
+        recompute=config.train.recompute,
+        device=config.train.device,
+    )
+
+
+def num_virtual(config: Config) -> int:
+    """Pipeline stages of a rank."""
+    if config.parallel.pipeline == 1:
+        return 1
+    default = 1 if SCHEDULES[config.parallel.schedule].placement == "single" else 2
+    return config.parallel.stages or default
+
+
+def _stage_layers(config: Config, world: World) -> tuple[list[range], list[int]]:
+    """(layers of every stage, stages of this rank)."""
+    parallel, count = config.parallel, num_virtual(config)
+    with torch.device("meta"):
+        layers = build_model(config.model).layers()  # type: ignore[arg-type]
+    ranges = split_layers(_costs(config, world, layers), parallel.pipeline * count)
+    if parallel.pipeline == 1:
+        return ranges, [0]
+    return ranges, stage_indices(parallel.schedule, world.index("pipeline"), parallel.pipeline, count)
+
+
+def _costs(config: Config, world: World, layers: list[tuple[str, nn.Module]]) -> list[float]:
+    """What each layer costs a rank in a step."""
+    length, model = config.data.sequence_length, config.model
+    tokens = config.global_batch() * length / (world.degree("data") * world.degree("context"))
+    head = 6.0 * model.vocab_size * model.width * tokens  # type: ignore[attr-defined]
+    blocks = num_flops(model, length).model * tokens - head  # type: ignore[arg-type]
+    each = blocks / model.layers  # type: ignore[attr-defined]
+    flops = [each if name.startswith("blocks.") else 0.0 for name, _ in layers]
+    return layer_costs(flops, [sum(p.numel() for p in m.parameters()) for _, m in layers], head_flops=head)
+
+
+def _build_part(config: Config, layers: range) -> LanguageModel:
+    """The model with these of its layers alone, on the meta device."""
+    with torch.device("meta"):
+        model = build_model(config.model)  # type: ignore[arg-type]
+    names = [name for name, _ in model.layers()]
+    shared = SHARED if config.model.tied else None  # type: ignore[attr-defined]
+    keep_layers(model, names[layers.start : layers.stop], shared=shared)
+    return model
+
+
+def _spread(stage: LossModel, config: Config, world: World) -> LossModel:
+    """Steps 2 to 9 for one stage."""
+    assert world.mesh is not None
+    model, parallel = stage.model, config.parallel
+    if parallel.tensor > 1:
+        apply_tensor(model, world.mesh["tensor"], sequence=parallel.sequence)
+        stage.localize = partial(localize_head, mesh=world.mesh["tensor"], sequence=parallel.sequence)
+    apply_context(model, world.mesh["context"])
+    apply_blocks(model, config)
+    apply_zero(
+        stage,
+        blocks_of(model),
+        world.sharding_mesh(),
+        stage=parallel.zero,
+        compute=FORMATS[config.precision.compute],
+        offload=parallel.offload,
+    )
+    stage.to_empty(device="cpu" if parallel.offload else world.device)
+    fill_weights(model, config)
+    return stage.train()
+
+
+def _build_passes(config: Config, world: World, models: dict[int, LossModel]) -> Loop | Pipeline:
+    parallel, mesh = config.parallel, world.mesh
+    assert mesh is not None
+    if parallel.pipeline == 1:
+        return Loop(models[0], parallel.zero)
+    slices = parallel.tensor if parallel.sequence else 1
+    width: int = config.model.width  # type: ignore[attr-defined]
+    return Pipeline(
+        models,
+        schedule=parallel.schedule,
+        group=mesh["pipeline"].get_group(),
+        device=world.device,
+        dtype=FORMATS[config.precision.compute],
+        activation=lambda ids: (ids[0], ids[1] // slices, width),
+        terms=len(next(iter(models.values())).objective.terms),
+    )
+
+
+def _build_cut(config: Config, world: World) -> Cut:
+    size = world.degree("context")
+    return whole if size == 1 else ContextRows(size, world.index("context"), config.data.sequence_length).slice
+
+
+def build_masters(config: Config, stages: Stages) -> ShardedMasters:
+    """The masters of stages that FSDP wraps, with the copies of a weight that embedding and head share."""
+    parameters: dict[str, nn.Parameter] = {}
+    copies: list[nn.Parameter] = []
+    for model in stages.models.values():
+        for name, parameter in model.model.named_parameters():
+            if name == f"{SHARED}.weight":
+                copies.append(parameter)
+            parameters.setdefault(name, parameter)
+    tied = None
+    parted = config.parallel.pipeline > 1 and config.model.tied  # type: ignore[attr-defined]
+    if parted:
+        assert stages.world.mesh is not None
+        group = build_tied_group(stages.world.mesh, config.parallel.schedule)
+        tied = TiedWeight(f"{SHARED}.weight", copies, group, counts=0 in stages.models)
+    return ShardedMasters(list(stages.models.values()), parameters, tied)
+
+
+def blocks_of(model: LanguageModel) -> list[nn.Module]:
+    """The blocks of a model or stage, in order."""
+    return [module for name, module in model.layers() if name.startswith("blocks.")]
+
+
+def apply_blocks(model: LanguageModel, config: Config) -> None:
+    """Recomputation and compilation of every block, in their order."""
+    blocks = blocks_of(model)
+    apply_recompute(blocks, config.train.recompute, compiled=False)
+    if wants_compile(config):
+        for block in blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True)
+    apply_recompute(blocks, config.train.recompute, compiled=True)
+
+
+def wants_compile(config: Config) -> bool:
+    """Whether blocks are compiled: as said, or where a C++ compiler or a GPU's Triton is found."""
+    wanted = config.train.compile
+    if wanted != "auto":
+        return bool(wanted)
+    if config.parallel.pipeline > 1 and SCHEDULES[config.parallel.schedule].splits_backward:
+        return False
+    found = shutil.which("g++") or shutil.which("clang++")
+    if not found:
+        get_logger().info("no C++ compiler found: blocks run uncompiled (Debian: apt-get install g++)")
+    return bool(found)
+
+
+@torch.no_grad()
+def fill_weights(model: LanguageModel, config: Config) -> None:
+    """Set this rank's part of every parameter; one whole tensor exists at a time."""
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        whole = initial_value(config.model, name, parameter.shape, config.train.seed)  # type: ignore[arg-type]
+        logical = Logical.of(parameter.detach())
+        logical.local.copy_(logical.part(whole))

@@ -1,0 +1,149 @@
+"""The part of a model that one rank computes, and how the micro-batches of a step pass through it.
+
+Below step.py, which updates the weights, and evaluate.py, which does not; layout.py builds it.
+Shapes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shardwright.model.transformer import Inputs, LanguageModel
+from shardwright.objective.causal import Causal
+from shardwright.objective.cross_entropy import Head
+from shardwright.parallel.mesh import World
+from shardwright.parallel.zero import begin_micro_batch, reshard
+
+Batch = Mapping[str, Tensor]
+Cut = Callable[[Batch], Batch]
+
+
+class LossModel(nn.Module):
+    """A model, or one stage of it, with its objective: the module that a pass runs.
+
+    Called as ``module(x, **batch)``: `x` is the token ids [B, T] for the first stage, activations [B, T, D] for a later
+    one. Gives activations for an inner stage; for the last one the sum of each loss term, float32 [terms], times its
+    scale where scales were given.
+    """
+
+    def __init__(
+        self, model: LanguageModel, objective: Causal, seed: int, *, first: bool = True, last: bool = True
+    ) -> None:
+        super().__init__()
+        self.model, self.objective, self.seed = model, objective, seed
+        self.first, self.last = first, last
+        self.number = torch.zeros((), dtype=torch.int64)
+        self.scales: Mapping[str, Tensor] | None = None
+        #: Turns hidden states and head into what this rank computes the loss with; a tensor axis puts its own here.
+        self.localize: Callable[[Tensor, Head], tuple[Tensor, Head]] = lambda hidden, head: (hidden, head)
+
+    def begin(self, number: Tensor, scales: Mapping[str, Tensor] | None = None) -> None:
+        """Before the passes of a step: its number (0-dim int64), which keys what is random, and the terms' scales."""
+        self.number, self.scales = number, scales
+
+    def forward(self, x: Tensor, **batch: Tensor) -> Tensor:
+        """See the class."""
+        inputs = Inputs(
+            input_ids=batch["input_ids"],
+            position_ids=batch.get("position_ids"),
+            documents=batch.get("documents"),
+            sequence=batch.get("sequence"),
+            step=self.number,
+            seed=self.seed,
+            row_index=batch.get("row_index"),
+            key_index=batch.get("key_index"),
+            key_documents=batch.get("key_documents"),
+        )
+        hidden = self.model.hidden(inputs, None if self.first else x)
+        if not self.last:
+            return hidden
+        head = Head(self.model.head_weight, self.model.head_bias, self.model.config.logit_softcap)
+        hidden, head = self.localize(hidden, head)
+        sums = self.objective.loss(hidden, head, batch, self.scales)
+        # Divided before it is scaled: a sum times 65,536 overflows fp16 at once.
+        return torch.stack([sums[t] if self.scales is None else sums[t] * self.scales[t] for t in self.objective.terms])
+
+
+class Passes(Protocol):
+    """Runs the micro-batches of a step: `Loop` in one stage, `parallel.pipeline.Pipeline` in several."""
+
+    def run(self, batches: Sequence[Batch]) -> Tensor:
+        """Forward and backward of all; the sum of the outputs of the last stage (0-dim), 0 on other ranks."""
+
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """The sums of the terms, float32 [terms], without gradients; 0 on ranks without the last stage.
+
+        Takes `at_once` batches.
+        """
+
+    @property
+    def at_once(self) -> int:
+        """Batches of one evaluation pass."""
+
+
+class Loop:
+    """One micro-batch after the other, through the one stage there is. `zero`: the ZeRO stage where FSDP wraps it."""
+
+    at_once = 1
+
+    def __init__(self, model: LossModel, zero: int | None = None) -> None:
+        self.model, self.zero = model, zero
+
+    def run(self, batches: Sequence[Batch]) -> Tensor:
+        """Gradients accumulate in the parameters."""
+        total: Tensor | None = None
+        for number, batch in enumerate(batches, 1):
+            if self.zero is not None:
+                begin_micro_batch(self.model, self.zero, last=number == len(batches))
+            loss = self.model(batch["input_ids"], **batch).sum()
+            loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
+
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """Sums over all batches."""
+        with torch.no_grad():
+            sums = [self.model(batch["input_ids"], **batch) for batch in batches]
+        return torch.stack(sums).sum(0)
+
+
+def whole(batch: Batch) -> Batch:
+    """A batch as it is: the cut of a rank that computes whole sequences."""
+    return batch
+
+
+class Stages:
+    """All stages of this rank, with what runs them. `cut` takes from a batch of whole sequences what they compute."""
+
+    def __init__(
+        self,
+        models: Mapping[int, LossModel],
+        passes: Passes,
+        world: World,
+        cut: Cut = whole,
+    ) -> None:
+        self.models, self.passes, self.world, self.cut = models, passes, world, cut
+        self.objective = next(iter(models.values())).objective
+
+    def begin(self, number: Tensor, scales: Mapping[str, Tensor] | None = None) -> None:
+        """Tell every stage which step comes."""
+        for model in self.models.values():
+            model.begin(number, scales)
+
+    def train(self, mode: bool) -> None:
+        """Training or evaluation mode. Gathered weights are let go, for those that come are others."""
+        for model in self.models.values():
+            model.train(mode)
+            reshard(model)
+
+    def counts(self, batches: Sequence[Batch]) -> Tensor:
+        """Denominator of each term over these batches, cut, of all ranks: float64 [terms]."""
+        counts = [self.objective.count(batch) for batch in batches]
+        total = torch.stack([torch.stack([c[term] for c in counts]).double().sum() for term in self.objective.terms])
+        # Ranks of a tensor or pipeline axis read the same sequences.
+        return self.world.sum(total) / (self.world.degree("tensor") * self.world.degree("pipeline"))
