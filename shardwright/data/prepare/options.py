@@ -100,7 +100,7 @@ class PrepareConfig(Strict):
         "auto", "Format of every input file; auto goes by name and content"
     )
     members: str | None = meaning(
-        None, "Pattern of the members to read of a tar, for example *.txt; null takes those whose endings tell a format"
+        None, "Members of a tar to read: an ending, as .txt, or a pattern; null takes those whose endings tell a format"
     )
     documents: Literal["file", "line", "paragraph"] = meaning(
         "file", "What a document is in plain text: a whole file, a line, or lines up to a blank one"

@@ -20,7 +20,7 @@ from shardwright.config import ConfigError, RunError
 from shardwright.data.prepare import archives
 from shardwright.data.prepare.inputs import InputFile, format_of, has_ending, is_remote, readable, unpacked
 from shardwright.data.prepare.options import PrepareConfig
-from shardwright.data.prepare.records import BROKEN, END, JSON, TEXT, VALUE, BrokenInput, Found, Record
+from shardwright.data.prepare.records import BROKEN, END, JSON, TEXT, VALUE, BrokenInput, Found, Record, which_text
 from shardwright.data.prepare.streams import BUFFER, Tally, broken_streams, open_raw, uncompress
 from shardwright.data.remote import check_member
 
@@ -157,7 +157,10 @@ class Reader:
     def _is_chosen(self, name: str) -> bool:
         """Whether a member of a tar is to be read, by its path with or without the endings of its compression."""
         pattern = self.config.members
-        return pattern is None or any(fnmatch.fnmatchcase(n, pattern) for n in (name, unpacked(name)))
+        if pattern is None:
+            return True
+        pattern = f"*{pattern}" if pattern.startswith(".") else pattern
+        return any(fnmatch.fnmatchcase(n, pattern) for n in (name, unpacked(name)))
 
     def _tar(self, stream: io.BufferedReader, inside: str) -> Iterator[Found]:
         """Members of a tar one after the other, compressed ones and tars among them too (OpenWebText is built so)."""
@@ -300,7 +303,7 @@ class Reader:
         field = self.config.text_field
         if field not in names:
             listed = ", ".join(names[:8])
-            raise BrokenInput(where, f"no column {field!r}; it has {listed}: say text_field=")
+            raise BrokenInput(where, f"no column {field!r}; it has {listed}: {which_text(where)}")
         return names.index(field)
 
     def parquet(self, file: Any, inside: str = "") -> Iterator[Found]:

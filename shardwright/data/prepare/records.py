@@ -50,6 +50,11 @@ class BrokenInput(Exception):
         self.where, self.reason = where, reason
 
 
+def which_text(where: str) -> str:
+    """What to say where the text is not found at that place: `b.json: line 1` is in a member of a tar."""
+    return "say text_field=" + (" or which members= to read" if ": " in where else "")
+
+
 class Unit(NamedTuple):
     """The unit of work: some 2 MiB of records, cut at the same places however the work is spread or resumed."""
 

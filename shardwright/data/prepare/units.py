@@ -24,7 +24,7 @@ from shardwright.data.prepare.clean import clean
 from shardwright.data.prepare.dedup import fingerprint, signature
 from shardwright.data.prepare.filters import Filters, load_contamination
 from shardwright.data.prepare.options import PrepareConfig
-from shardwright.data.prepare.records import BROKEN, END, HTML, JSON, TEXT, WIKI, Record, Unit
+from shardwright.data.prepare.records import BROKEN, END, HTML, JSON, TEXT, WIKI, Record, Unit, which_text
 from shardwright.data.prepare.wikitext import article_text
 from shardwright.data.shards import ShardWriter, read_shard_info
 from shardwright.data.tokenizers import Tokenizer
@@ -110,7 +110,7 @@ def extract(record: Record, field: str) -> str | None:
         return article_text(*record.data)
     if record.kind == TEXT:
         return _decode(record.data)
-    value = _field(_decode(record.data), field) if record.kind == JSON else record.data
+    value = _field(_decode(record.data), field, record.where) if record.kind == JSON else record.data
     if not isinstance(value, str):
         kind = "null" if value is None else f"of type {type(value).__name__}"
         raise BrokenRecord(f"field {field!r} is {kind}, expected text")
@@ -161,7 +161,7 @@ def _decode(data: bytes) -> str:
         raise BrokenRecord(reason, lines) from None
 
 
-def _field(line: str, field: str) -> Any:
+def _field(line: str, field: str, where: str) -> Any:
     """The value of a field of a JSON object; a dotted name reaches inside unless the object has it as it stands."""
     try:
         value = json.loads(line)
@@ -174,7 +174,7 @@ def _field(line: str, field: str) -> Any:
     node: Any = value
     for part in field.split("."):
         if not isinstance(node, dict) or part not in node:
-            raise BrokenRecord(f"no field {field!r}; it has {', '.join(list(value)[:8])}: say text_field=")
+            raise BrokenRecord(f"no field {field!r}; it has {', '.join(list(value)[:8])}: {which_text(where)}")
         node = node[part]
     return node
 

@@ -174,9 +174,8 @@ def test_files_without_records_are_told_and_counted(tmp_path, jsonl, poems, caps
     manifest = run(folder, tmp_path / "out")
     assert manifest.counts["files_without_records"] == 4 and manifest.counts["records"] == 60
     said = capsys.readouterr().err
-    assert [f"{folder}/{name}: holds no record" in said for name in ("a.jsonl", "b.csv", "c.tar", "d.parquet", "e.json")] == [
-        False, True, True, True, True,
-    ]  # fmt: skip
+    told = [file.name for file in sorted(folder.iterdir()) if f"{file}: holds no record" in said]
+    assert told == ["b.csv", "c.tar", "d.parquet", "e.json"]
     with pytest.raises(ConfigError, match="b.csv: no document is left"):
         run(folder / "b.csv", tmp_path / "out2")
 

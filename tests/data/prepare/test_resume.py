@@ -18,7 +18,7 @@ import pytest
 
 from shardwright.config import ConfigError, RunError
 from shardwright.data.manifest import Manifest
-from shardwright.data.prepare import PrepareConfig, prepare, state
+from shardwright.data.prepare import PrepareConfig, prepare, records, state
 from shardwright.data.tokenizers import Tokenizer
 
 
@@ -289,15 +289,17 @@ def test_changed_remote_files_are_noticed_by_what_their_file_system_says(tmp_pat
     run(url, tmp_path / "out", filters=filters)  # the corpus may be gone by now
 
 
-def test_changed_remote_files_are_read_again(tmp_path, jsonl, english, poems):
-    jsonl(tmp_path / "a.jsonl", [t * 4 for t in english])
-    bad = jsonl(tmp_path / "b.jsonl", poems[:50])
+def test_changed_remote_files_are_read_again(tmp_path, jsonl, poems, monkeypatch):
+    monkeypatch.setattr(records, "UNIT_BYTES", 1000)
+    jsonl(tmp_path / "a.jsonl", poems[:50])
+    bad = jsonl(tmp_path / "b.jsonl", poems[50:60])
     whole = bad.read_text()
     bad.write_text(whole + "broken\n")
     url = f"file://{tmp_path}/*.jsonl"
     with pytest.raises(ConfigError, match="on_error=skip"):
         run(url, tmp_path / "out")
-    jsonl(tmp_path / "a.jsonl", [t.replace("President", "president") * 4 for t in english])
+    assert len(list((tmp_path / "out").rglob("clean/*/*.part"))) > 3
+    jsonl(tmp_path / "a.jsonl", [t[::-1] for t in poems[:50]])
     bad.write_text(whole)
     run(url, tmp_path / "out")
     run(url, tmp_path / "out2")
