@@ -177,7 +177,9 @@ class LossScaleConfig(Strict):
 class PrecisionConfig(Strict):
     """One rule for every layout: parameters and activations in `compute`, masters in float32."""
 
-    compute: Literal["fp32", "bf16", "fp16"] = meaning("fp32", "Number format of forward and backward")
+    compute: Literal["fp32", "bf16", "fp16", "fp64"] = meaning(
+        "fp32", "Number format of forward and backward; fp64 is for comparisons, its masters are float64 as well"
+    )
     loss_scale: LossScaleConfig = meaning(LossScaleConfig(), "Loss scaling, for fp16 only")
 
 
@@ -196,6 +198,9 @@ class OptimizerConfig(Strict):
     nesterov: bool = meaning(True, "Nesterov momentum in sgd and muon")
     matrix_lr: float | None = meaning(None, "Muon's learning rate of matrices; null takes lr", gt=0)
     relative_step: bool = meaning(False, "Adafactor's own learning-rate rule")
+    matmul: Literal["auto", "fp32"] = meaning(
+        "auto", "Number format of muon's products: bf16 where the device is fast in it, or the weights' own"
+    )
 
 
 class ScheduleConfig(Strict):

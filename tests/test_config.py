@@ -1,6 +1,7 @@
 """The config layer: defaults <- YAML <- key=value, and one clear line for every mistake."""
 
 import json
+import math
 from pathlib import Path
 
 import jsonschema
@@ -9,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.config import ConfigError, differences, find_config, parse_duration, to_yaml
+from shardwright.config import ConfigError, differences, find_config, parse_duration, read_yaml, to_yaml
 from shardwright.train.settings import SCHEMA, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +55,20 @@ def test_overrides_win_over_yaml_and_yaml_over_defaults(tmp_path):
         ("train.seed=100000000000000000000000", "train.seed: got"),
         ("model.width.x=1", "model.width: got {'x': 1} (dict)"),
         ("train.steps.x=1", "train.steps.x: train.steps is a single value, not a section"),
+        ("train=5", "train: got 5 (int); expected a section of keys, such as train.steps=..."),
+        ("model=5", "model: got 5 (int); expected a section of keys, such as model.family=..."),
+        ("data.sources.0={path: x}", "data.sources.0: data.sources has no entry 0; give the whole list"),
+        ("data.sources.0.path=x", "data.sources.0: data.sources has no entry 0; give the whole list"),
+        ("train.steps=010", "train.steps: got '010' (str); input should be a valid integer"),
+        ("train.steps=1:30", "train.steps: got '1:30' (str); input should be a valid integer"),
+        ("train={steps: 1, steps: 2}", "the value is not valid YAML: 'steps' stands twice; keep one"),
+        ("run=[a", "the value is not valid YAML: expected ',' or ']'"),
+        ("train.threads=100000", "train.threads: got 100000 (int); input should be less than or equal to 1024"),
+        ("data.workers=-1", "data.workers: got -1 (int); input should be greater than or equal to 0 or"),
+        ("data.allow=[pips]", "data.allow.0: got 'pips' (str); input should be 'pipe' or 'pickle'"),
+        ("train.recompute=0", "or input should be greater than or equal to 1"),
+        ("log.profile=[12,10]", "log.profile: got [12, 10]; expected the first and the last step, in this order"),
+        ("log.profile=[0,10]", "log.profile.0: got 0 (int); input should be greater than or equal to 1"),
     ],
 )
 def test_a_mistake_gets_one_line_with_key_value_and_what_is_allowed(override, line):
@@ -67,6 +82,39 @@ def test_broken_yaml_names_file_and_line(tmp_path):
     path.write_text("model:\n  family: [gpt2\ntrain: {}\n")
     with pytest.raises(ConfigError, match=r"broken.yaml line \d: is not valid YAML"):
         read_config(path)
+
+
+def test_a_key_that_stands_twice_is_refused_with_file_and_line(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("model: {family: gpt2}\ntrain:\n  steps: 1\n  seed: 2\n  steps: 3\n")
+    with pytest.raises(ConfigError, match=r"twice.yaml line 5: is not valid YAML: 'steps' stands twice; keep one"):
+        read_config(path)
+    path.write_text("a: {b: &b {<<: {k: 1}, k: 2}}\nc: {<<: *b, k: 3}\n")
+    assert read_yaml(path) == {"a": {"b": {"k": 2}}, "c": {"k": 3}}, "a merged key may be given anew"
+
+
+def test_numbers_are_read_as_they_are_written(tmp_path):
+    path = tmp_path / "numbers.yaml"
+    texts = "[1e-3, 1.5E+3, .5, 1., -5, 1_000, 0xff, .inf, 0, 010, 08, 1:30, 1:30.5, 2024-05-01, ._]"
+    path.write_text(f"x: {texts}")
+    expected = [1e-3, 1500.0, 0.5, 1.0, -5, 1000, 255, math.inf, 0, "010", "08", "1:30", "1:30.5", "2024-05-01", "._"]
+    found = read_yaml(path)["x"]
+    assert found == expected and list(map(type, found)) == list(map(type, expected))
+
+
+def test_an_entry_of_a_list_that_is_there_can_be_set():
+    raw = {**RAW, "data": {"sources": [{"path": "a"}, {"path": "b"}]}}
+    config = read_config(raw, ["data.sources.1={path: c, weight: 2}", "data.sources.0.weight=3"])
+    assert [(s.path, s.weight) for s in config.data.sources] == [("a", 3), ("c", 2)]
+    with pytest.raises(ConfigError, match=r"data.sources.3: data.sources has no entry 3; give the whole list"):
+        read_config(raw, ["data.sources.3.path=x"])
+
+
+@pytest.mark.parametrize(("name", "line"), [(".", ".: is a folder"), ("/", "/: is a folder"), ("", "config: is empty")])
+def test_what_is_no_config_file_gets_one_line(name, line):
+    with pytest.raises(ConfigError) as error:
+        find_config(name)
+    assert line in str(error.value) and "shipped configs: debug/gpt2" in str(error.value)
 
 
 def test_a_config_is_found_by_name_and_a_near_miss_is_proposed():

@@ -8,7 +8,7 @@ import shlex
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 import typer
@@ -32,6 +32,9 @@ WORDS = {str: "text", int: "integer", float: "number", bool: "true, false", type
 
 def allowed(annotation: Any) -> str:
     """A field's type in a few words, as `integer or null`."""
+    if get_origin(annotation) is Annotated:
+        inner, *rest = get_args(annotation)
+        return f"{allowed(inner)}{limits(*rest)}"
     if get_origin(annotation) is Literal:
         return ", ".join(str(value) for value in get_args(annotation))
     if get_origin(annotation) in (Union, types.UnionType):

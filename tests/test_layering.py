@@ -6,6 +6,7 @@ as text to `importlib.import_module`. The check reads the source and imports not
 
 import ast
 from collections.abc import Iterator
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,9 @@ FOUNDATION = 0
 FRONT_DOORS = {"__init__", "__main__"}
 NEUTRAL_NAMES = {"__version__"}
 
+# Functions whose first argument names a module.
+LOADERS = {"import_module", "__import__", "find_spec", "files"}
+
 
 def room_of(path: Path, package: Path) -> str:
     """The room a source file belongs to: the first part of its path inside the package."""
@@ -45,23 +49,45 @@ def absolute(node: ast.ImportFrom, path: Path, package: Path) -> str:
 
 
 def names_used(tree: ast.AST, path: Path, package: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of everything a file imports or reaches through the bare package name."""
+    """(line, dotted name) of everything a file imports or reaches through the bare package, whatever it is called."""
+    packages, loaders = {package.name} | aliases(tree, {package.name}), LOADERS | aliases(tree, LOADERS)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             module = absolute(node, path, package)
             yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == package.name:
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in packages:
             yield node.lineno, f"{package.name}.{node.attr}"
-        elif isinstance(node, ast.Call) and called_name(node) in {"import_module", "__import__", "find_spec", "files"}:
-            texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-            yield from ((node.lineno, text) for text in texts[:1])
+        elif isinstance(node, ast.Call) and last_name(node.func) in loaders:
+            name, anchor = argument(node, 0, "name"), argument(node, 1, "package")
+            if name.startswith("."):  # without an anchor in plain text it is the file's own package
+                own = ".".join(path.relative_to(package.parent).parts[:-1])
+                name = resolve_name(name, anchor or own)
+            yield node.lineno, name
 
 
-def called_name(node: ast.Call) -> str:
-    """The last part of what a call calls: `importlib.import_module(...)` gives `import_module`."""
-    return getattr(node.func, "attr", getattr(node.func, "id", ""))
+def aliases(tree: ast.AST, names: set[str]) -> set[str]:
+    """What else a file calls one of these: `import x as y`, `from m import x as y`, `y = m.x`."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname for alias in node.names if alias.asname and alias.name in names}
+        elif isinstance(node, ast.Assign) and last_name(node.value) in names:
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+def last_name(node: ast.AST) -> str:
+    """The last part of a dotted name: `import_module` of `importlib.import_module`; empty for anything else."""
+    return getattr(node, "attr", getattr(node, "id", ""))
+
+
+def argument(node: ast.Call, place: int, name: str) -> str:
+    """An argument given as plain text, by place or name; empty where there is none."""
+    given = [k.value for k in node.keywords if k.arg == name] + node.args[place : place + 1]
+    texts = [a.value for a in given if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    return texts[0] if texts else ""
 
 
 def complaint(own: str, dotted: str, package: str) -> str | None:
@@ -129,6 +155,14 @@ def plant(root: Path, file: str, source: str) -> list[str]:
         ("model/gpt.py", "import importlib\nimportlib.import_module('shardwright.train')", "model is below train"),
         ("model/gpt.py", "from shardwright import data", "model is below data"),
         ("model/gpt.py", "import shardwright\nshardwright.train", "model is below train"),
+        ("model/gpt.py", "import shardwright as sw\nsw.train.run", "model is below train"),
+        ("model/gpt.py", "import shardwright\nsw = shardwright\nsw.train.run", "model is below train"),
+        ("model/gpt.py", "importlib.import_module('.train', 'shardwright')", "model is below train"),
+        ("model/gpt.py", "importlib.import_module('.train', package='shardwright')", "model is below train"),
+        ("model/deep/gpt.py", "importlib.import_module('...train.run', __package__)", "model is below train"),
+        ("model/gpt.py", "importlib.import_module(name='shardwright.train')", "model is below train"),
+        ("model/gpt.py", "from importlib import import_module as im\nim('shardwright.train')", "model is below train"),
+        ("model/gpt.py", "im = importlib.import_module\nim('shardwright.train')", "model is below train"),
         ("data/pack.py", "from shardwright.checkpoint import save", "data and checkpoint are siblings"),
         ("data/pack.py", "from shardwright import load", "load is not a room"),
         ("config.py", "from shardwright.model import families", "config is below model"),
@@ -147,6 +181,7 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str, re
         ("train/step.py", "from shardwright.model import gpt\nfrom shardwright import __version__"),
         ("train/step.py", "from . import run\nfrom ..data.shards import Shard\nimport torch.nn, os.path"),
         ("hardware.py", "from shardwright.config import ConfigError"),
+        ("train/step.py", "import shardwright as sw\nsw.data\nimport_module('.run', __package__)\nimport_module(name)"),
         ("__init__.py", "def load(path):\n    from shardwright.launcher import cli"),
     ],
 )

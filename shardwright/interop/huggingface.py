@@ -20,9 +20,10 @@ _ABSENT = object()
 
 
 def read_config(raw: Mapping[str, Any]) -> TransformerConfig:
-    """Our config from the content of a config.json; ValueError where it says what ours cannot."""
+    """Our config from the content of a config.json, theirs where it is silent; ValueError where ours cannot say it."""
     name, family = _find_family(raw.get("model_type"))
     table = _map_of(family)
+    raw = {**table.defaults, **raw}
     for key, expected in table.theirs.items():
         found = _get(raw, key)
         if found is not _ABSENT and found != expected:

@@ -126,7 +126,7 @@ def check_compiler() -> Check:
     advice = "apt-get install g++ python{}.{}-dev; else train.compile=false".format(*sys.version_info)
     if compiler is None:
         return Check("torch", "torch.compile", "missing", "no C++ compiler, so blocks run uncompiled", advice)
-    source = "#include <Python.h>\n#include <omp.h>\nextern \"C\" int threads() { return omp_get_max_threads(); }\n"
+    source = '#include <Python.h>\n#include <omp.h>\nextern "C" int threads() { return omp_get_max_threads(); }\n'
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "probe.cpp"
         file.write_text(source)

@@ -1,7 +1,8 @@
 """The command line: a thin face over the Python functions.
 
 Exit codes: 0 success, 1 a failure, 2 bad usage or config, 75 stopped by a signal with all saved
-(start the same command again to go on). Mistakes get one line; ``--traceback``, wherever it stands, shows the rest.
+(start the same command again to go on), 130 left at once by Ctrl-C. Mistakes get one line; ``--traceback``,
+wherever it stands, shows the rest.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +22,12 @@ import typer
 
 from shardwright import __version__
 from shardwright.config import ConfigError, RunError, apply_override
+from shardwright.launcher.early import leaving_at_once
 from shardwright.log import get_logger
 
 STOPPED = 75
+DEFERENCE_S = 15.0  # ending a process that has torch loaded takes seconds on a busy host
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 TRACEBACK = "--traceback"
 # Bad usage. Older typers take click's class, newer ones bring their own.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -147,6 +153,50 @@ def generate(
     sys.stdout.write("\n")
 
 
+@app.command(epilog="Example: shardwright verify configs/english.yaml, or torchrun -m shardwright verify ... for ranks")
+def verify(
+    config: Annotated[str, typer.Argument(help="Config file, or the name of a shipped config")],
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to compare")] = 3,
+    number_format: Annotated[
+        str, typer.Option("--format", metavar="fp32|fp64|config", help="fp64 has the tightest bound; config: its own")
+    ] = "fp32",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write an HTML page here")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare steps under this layout with the same in one process; name the first tensor that differs."""
+    from shardwright.planner.verify_page import as_text, write_page
+    from shardwright.train.settings import read_config
+    from shardwright.train.verify import Report
+    from shardwright.train.verify import verify as run
+
+    def tell(report: Report) -> None:
+        print(json.dumps(report.as_dict()) if as_json else as_text(report), flush=True)
+        if output is not None:
+            place = write_page(report, output)
+            print(place, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+    if as_json:
+        get_logger().setLevel(logging.WARNING)
+    report = run(read_config(config, overrides or ()), steps=steps, number_format=number_format, tell=tell)
+    raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command(epilog="Example: shardwright layouts configs/english.yaml --world 8")
+def layouts(
+    config: Annotated[str | None, typer.Argument(help="Config file, or the name of a shipped config")] = None,
+    overrides: Overrides = None,
+    world: Annotated[int | None, typer.Option(min=1, help="Processes; default those of the config's degrees")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most layouts to list")] = 20,
+    as_json: Json = False,
+) -> None:
+    """What a layout must fulfil, and which layouts of so many processes a config fits."""
+    from shardwright.launcher.layouts import layouts as show
+    from shardwright.train.settings import read_config
+
+    show(None if config is None else read_config(config, overrides or ()), world, limit, json=as_json)
+
+
 @app.command(epilog="Example: shardwright report runs/english --output english.html")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="One or several run folders")],
@@ -185,13 +235,16 @@ def run(arguments: Sequence[str]) -> int:
     if not given:
         app(["--help"], standalone_mode=False)
         return 2
-    return guarded(lambda: app(given, standalone_mode=False), show_traceback=len(given) < len(arguments))
+    with leaving_at_once() if given[0] == "train" else nullcontext():
+        return guarded(lambda: app(given, standalone_mode=False), show_traceback=len(given) < len(arguments))
 
 
 def guarded(command: Callable[[], Any], *, show_traceback: bool = False) -> int:
     """Exit code of `command`, with mistakes as one line on standard error."""
     try:
         code = command()
+        if code == INTERRUPTED:
+            return _say("interrupted", INTERRUPTED)
         return code if isinstance(code, int) else 0
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 1
@@ -200,9 +253,20 @@ def guarded(command: Callable[[], Any], *, show_traceback: bool = False) -> int:
     except UsageError as error:
         return _say(_usage(error), 2)
     except (ConfigError, RunError, ValueError, OSError) as error:
+        if isinstance(error, ValueError):
+            _let_the_first_rank_speak()
         if show_traceback:
             traceback.print_exc()
         return _say(str(error), 2 if isinstance(error, ValueError) else 1)
+
+
+def _let_the_first_rank_speak() -> None:
+    """A mistake in a config is found by every rank: the first of a host says it, and its launcher ends the others.
+
+    They wait for that. Whom nobody ends has found a mistake of its own, and says it.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        time.sleep(DEFERENCE_S)
 
 
 def _say(text: str, code: int) -> int:

@@ -50,18 +50,23 @@ class GeluTanh(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         """Element-wise."""
         ctx.save_for_backward(x)
-        wide = x.float()
+        wide = _wide(x)
         return (wide * torch.sigmoid(_slope(wide * wide) * wide)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """Gradient of x."""
         (x,) = ctx.saved_tensors
-        wide = x.float()
+        wide = _wide(x)
         square = wide * wide
         gate = torch.sigmoid(_slope(square) * wide)
         slope = gate + wide * gate * (1 - gate) * _ROOT * (1 + 3 * _CUBE * square)
-        return (grad.float() * slope).to(x.dtype)
+        return (grad * slope).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32, or in float64 where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 _ROOT = 1.5957691216057308  # 2 sqrt(2 / pi)

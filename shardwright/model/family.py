@@ -33,6 +33,7 @@ class HuggingFaceMap:
     values: our config field -> (their key, {our value: their value}).
     ours: config fields of ours that their format cannot say otherwise.
     theirs: their keys that must have these values, or be absent.
+    defaults: what their keys are where a config.json leaves them out.
     tensors: every tensor. tied: their head and embedding, one tensor where the head is tied.
     prefix: what the names lack in checkpoints of the bare stack. ignored: endings of buffers that carry nothing.
     """
@@ -44,6 +45,7 @@ class HuggingFaceMap:
     values: Mapping[str, tuple[str, Mapping[Any, Any]]] = field(default_factory=dict)
     ours: Mapping[str, Any] = field(default_factory=dict)
     theirs: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     tied: tuple[str, str] = ("", "")
     prefix: str = ""
     ignored: tuple[str, ...] = ()

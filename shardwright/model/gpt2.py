@@ -62,6 +62,7 @@ HUGGINGFACE = HuggingFaceMap(
         "logit_softcap": None,
     },
     theirs={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    defaults={"vocab_size": 50257, "embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1},
     tensors=(
         TensorRule("transformer.wte.weight", ("embed.tokens.weight",)),
         TensorRule("transformer.wpe.weight", ("embed.positions.weight",)),

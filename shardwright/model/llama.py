@@ -99,6 +99,15 @@ HUGGINGFACE = HuggingFaceMap(
         "residual_dropout": 0.0,
     },
     theirs={"rope_parameters.rope_type": "default", "rope_scaling": None},
+    defaults={
+        "vocab_size": 32000,
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+    },
     tensors=(
         TensorRule("model.embed_tokens.weight", ("embed.tokens.weight",)),
         *_layer("input_layernorm", "attention_norm"),

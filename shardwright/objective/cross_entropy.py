@@ -18,6 +18,11 @@ from torch import Tensor
 CHUNK_ROWS = 2048
 
 
+def wide_format(x: Tensor) -> torch.dtype:
+    """The format of a loss over `x`: float32, or float64 where x is, for comparisons."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class VocabularyShard(Protocol):
     """A head of which this process holds consecutive rows; what its holders agree on is not differentiated."""
 
@@ -47,7 +52,7 @@ class Head(NamedTuple):
 def loss_and_gradient(
     logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The element-wise part, in float32; a compiler makes one pass of it."""
+    """The element-wise part, in float32 (float64 as it is); a compiler makes one pass of it."""
     wide = _capped(logits, softcap)
     top = wide.amax(-1, keepdim=True)
     powers = (wide - top).exp()
@@ -62,15 +67,15 @@ def loss_and_gradient(
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """In float32."""
-    wide = logits.float()
+    """In float32, or in float64 where they are."""
+    wide = logits.to(wide_format(logits))
     return wide if softcap is None else softcap * torch.tanh(wide / softcap)
 
 
 def part_top(logits: Tensor, softcap: float | None) -> Tensor:
     """The largest logit [n] held here, -inf where none is."""
     if logits.shape[-1] == 0:
-        return torch.full(logits.shape[:-1], float("-inf"), dtype=torch.float32, device=logits.device)
+        return torch.full(logits.shape[:-1], float("-inf"), dtype=wide_format(logits), device=logits.device)
     return _capped(logits, softcap).amax(-1)
 
 
@@ -145,7 +150,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kernel: Kernel,
     ) -> Tensor:
         head = Head(weight, bias, softcap, vocabulary)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = torch.zeros((), dtype=wide_format(hidden), device=hidden.device)
         hidden_grad = torch.empty_like(hidden)
         head_grads: list[Tensor] = []
         for start in range(0, hidden.shape[0], CHUNK_ROWS):
@@ -167,13 +172,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _accumulate(grads: list[Tensor], dlogits: Tensor, hidden: Tensor, bias: Tensor | None) -> None:
-    """Add a chunk's gradients of weight [V, D] and bias [V]; several chunks add up in float32."""
-    parts = [_transposed_product(dlogits, hidden)] + ([dlogits.float().sum(0)] if bias is not None else [])
+    """Add a chunk's gradients of weight [V, D] and bias [V]; several chunks add up in float32 or float64."""
+    wide = wide_format(hidden)
+    parts = [_transposed_product(dlogits, hidden)] + ([dlogits.to(wide).sum(0)] if bias is not None else [])
     if not grads:
         grads.extend(parts)
         return
     for index, part in enumerate(parts):
-        grads[index] = grads[index].float().add_(part)
+        grads[index] = grads[index].to(wide).add_(part)
 
 
 def _transposed_product(wide: Tensor, narrow: Tensor) -> Tensor:
@@ -194,7 +200,7 @@ def linear_cross_entropy(
     scale: Tensor | None = None,
     kernel: Kernel = KERNEL,
 ) -> Tensor:
-    """Weighted sum of -log softmax(logits)[labels], a float32 scalar.
+    """Weighted sum of -log softmax(logits)[labels], a float32 scalar; float64 where hidden states are.
 
     hidden [..., D] and the head in the compute format, labels [...] int64, weights [...] float32.
     Logits are rounded to the compute format, as every matrix product is; the rest is float32.
@@ -204,10 +210,11 @@ def linear_cross_entropy(
     whole one.
     """
     rows, labels, weights = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), weights.reshape(-1)
+    weights = weights.to(wide_format(hidden))
     scale = torch.ones((), device=hidden.device) if scale is None else scale
     if torch.is_grad_enabled():
         return _LinearCrossEntropy.apply(rows, *head, labels, weights, scale, kernel)
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    total = torch.zeros((), dtype=weights.dtype, device=hidden.device)
     for part in (slice(n, n + CHUNK_ROWS) for n in range(0, rows.shape[0], CHUNK_ROWS)):
         logits = torch.nn.functional.linear(rows[part], head.weight, head.bias)
         total += kernel.run(logits, labels[part], weights[part], scale, head)[0]

@@ -24,6 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+_ROW = 4096  # elements whose squares are added up one after the other
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -250,9 +252,24 @@ def sum_all(shares: Sequence[Share]) -> list[Tensor]:
     return results
 
 
+def norm_here(tensor: Tensor) -> Tensor:
+    """2-norm (0-dim) of all elements of what lies on this device.
+
+    On a CPU torch adds their squares up one after the other: in float32 that of 10^8 elements comes out 1 % small, and
+    another layout's by another amount. Row after row it is right to rounding, in the same time.
+    """
+    whole = tensor.numel() // _ROW * _ROW
+    if tensor.device.type != "cpu" or not whole:
+        return torch.linalg.vector_norm(tensor)
+    flat = tensor.reshape(-1)
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1)
+    rest = torch.linalg.vector_norm(flat[whole:])
+    return torch.cat([rows, rest.view(1)]).square().sum().sqrt()
+
+
 def norm_all(tensors: Sequence[tuple[Logical, Tensor]]) -> list[Tensor]:
     """2-norms (0-dim) of logical tensors by their parts."""
-    norms = [torch.linalg.vector_norm(part) for _, part in tensors]
+    norms = [norm_here(part) for _, part in tensors]
     spread = [i for i, (logical, _) in enumerate(tensors) if logical.cuts]
     squares = sum_all([Share(tensors[i][0], norms[i].square()) for i in spread])
     for i, square in zip(spread, squares, strict=True):

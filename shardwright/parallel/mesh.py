@@ -43,13 +43,14 @@ class World:
         """Ranks along an axis; `data` is replicate x shard."""
         if axis == "data":
             return self.degree("replicate") * self.degree("shard")
-        return 1 if self.mesh is None else self.mesh[axis].size()
+        return 1 if self.mesh is None else self.mesh.shape[AXES.index(axis)]
 
     def index(self, axis: str) -> int:
         """This rank's place on an axis."""
         if axis == "data":
             return self.index("replicate") * self.degree("shard") + self.index("shard")
-        return 0 if self.mesh is None else self.mesh[axis].get_local_rank()
+        place = None if self.mesh is None else self.mesh.get_coordinate()
+        return 0 if place is None else place[AXES.index(axis)]
 
     def describe(self) -> str:
         """The degrees in words: `data 2 x tensor 2`, or `one process`."""
@@ -57,12 +58,12 @@ class World:
         return " x ".join(f"{axis} {degree}" for axis, degree in degrees if degree > 1) or "one process"
 
     def sharding_mesh(self) -> DeviceMesh:
-        """The mesh (replicate, shard x context) that parameters are replicated and sharded over."""
+        """What parameters are replicated and sharded over: (replicate, shard x context), or the latter alone."""
         assert self.mesh is not None
         if self.degree("context") == 1:
             return self.mesh["replicate", "shard"]
-        self.mesh["shard", "context"]._flatten("spread")
-        return self.mesh["replicate", "spread"]
+        spread = self.mesh["shard", "context"]._flatten("spread")
+        return spread if self.degree("replicate") == 1 else DeviceMesh._concatenate([self.mesh["replicate"], spread])
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a small tensor over all ranks, on the device, in place."""
@@ -134,7 +135,7 @@ def join_world(device: str, threads: int | None, parallel: ParallelConfig) -> It
     try:
         yield world
     finally:
-        if world.size > 1 and not before:
+        if world.size > 1 and not before and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -174,9 +175,7 @@ def _join(rank: int, size: int, device: torch.device, parallel: ParallelConfig) 
     timeout = timedelta(seconds=parse_duration(parallel.timeout))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl", rank=rank, world_size=size, timeout=timeout, device_id=device
-        )
+        dist.init_process_group("cpu:gloo,cuda:nccl", rank=rank, world_size=size, timeout=timeout, device_id=device)
     else:
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timeout)
 

@@ -69,9 +69,8 @@ def _report(book: dist.PrefixStore, world: World) -> str | None:
         gone = [rank for rank in _neighbours(world) if _is_gone(book, rank)]
         if gone:
             book.set("told", "")
-            return ", ".join(_name(book, rank) for rank in gone) + (
-                f" {'is' if len(gone) == 1 else 'are'} gone: killed or crashed (the launcher's report has the exit code)"
-            )
+            names, verb = ", ".join(_name(book, rank) for rank in gone), "is" if len(gone) == 1 else "are"
+            return f"{names} {verb} gone: killed or crashed (the launcher's report has the exit code)"
         return None if _is_told(book) else "the connection to a rank on another host broke: it is gone, or the network"
     except (dist.DistError, RuntimeError):
         return "rank 0, or the launcher at which all ranks met, is gone: killed or crashed"

@@ -210,8 +210,10 @@ class _Stage(PipelineStage):
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         _release(self.args_recv_info[fwd_chunk_id])
         if not self.has_backward:
-            outputs, _inputs = self.fwd_cache[fwd_chunk_id]
-            self.fwd_cache[fwd_chunk_id] = (outputs, [])
+            outputs, _inputs = self.fwd_cache.pop(fwd_chunk_id)
+            after = self.stage_index_to_group_rank.get(self.stage_index + 1)
+            if after != self.group_rank:  # else it is handed over, not sent
+                self.fwd_cache[fwd_chunk_id] = (outputs, [])
         return output
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
@@ -230,9 +232,11 @@ class _Stage(PipelineStage):
         if self.has_backward:
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
-    def backward_one_chunk(self, bwd_chunk_id: int, loss: Tensor | None = None, **kwargs: Any) -> None:
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
         """Backward of one micro-batch, whole or of its input alone."""
-        super().backward_one_chunk(bwd_chunk_id, loss, **kwargs)
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         if loss is not None:
             loss.detach_()  # the schedule keeps it, and through its graph the activation that it came from
         if self.has_backward:

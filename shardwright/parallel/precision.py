@@ -2,8 +2,9 @@
 
 One rule for every layout: all parameters and activations are in the compute format; norms,
 softmax statistics, the loss, gradients once they reach a parameter, and the optimizer are in
-float32. Masters, gradients and copies lie in three flat buffers, so that one kernel each makes
-the copies, clears the gradients and takes their norm; nothing here reads a value on the host.
+float32; all of it is in float64 where the compute format is, for comparisons. Masters, gradients
+and copies lie in three flat buffers, so that one kernel each makes the copies, clears the gradients
+and takes their norm; nothing here reads a value on the host.
 """
 
 from __future__ import annotations
@@ -16,9 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.config import LossScaleConfig
+from shardwright.parallel.logical import norm_here
 
-FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _ALIGNMENT = 64  # elements: every tensor starts on a cache line in either format
+
+
+def master_format(compute: torch.dtype) -> torch.dtype:
+    """The format of masters, gradients, reductions and losses: float32, or float64 where the passes are in it."""
+    return torch.promote_types(compute, torch.float32)
 
 
 class Masters:
@@ -33,9 +40,9 @@ class Masters:
         parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         device = parameters[0][1].device
         offsets, size = _offsets([p.numel() for _, p in parameters])
-        self._weights = torch.zeros(size, dtype=torch.float32, device=device)
+        self._weights = torch.zeros(size, dtype=master_format(compute), device=device)
         self._grads = torch.zeros_like(self._weights)
-        same = compute == torch.float32
+        same = compute == self._weights.dtype
         self._copies = self._weights if same else torch.zeros(size, dtype=compute, device=device)
         self.weights: dict[str, Tensor] = {}
         for (name, parameter), offset in zip(parameters, offsets, strict=True):
@@ -86,8 +93,8 @@ class Masters:
         self._untouched = {}
 
     def grad_square(self, scale: Tensor) -> Tensor:
-        """The squared 2-norm of all gradients over `scale`, a float32 scalar on the device."""
-        return (torch.linalg.vector_norm(self._grads) / scale).square()
+        """The squared 2-norm of all gradients over `scale`, a scalar on the device."""
+        return (norm_here(self._grads) / scale).square()
 
     def scale_grads(self, factor: Tensor) -> None:
         """Multiply every gradient by a scalar on the device."""
@@ -106,12 +113,14 @@ class LossScaler:
     """Dynamic loss scaling for fp16 (Micikevicius et al. 2018), decided on the device.
 
     The scale grows after `window` clean steps and falls after `hysteresis` overflows in a row, never
-    under `floor`. Without fp16 it is the constant 1.
+    under `floor`. Without fp16 it is the constant 1. `dtype` is that of masters.
     """
 
-    def __init__(self, config: LossScaleConfig, device: torch.device, *, enabled: bool) -> None:
+    def __init__(
+        self, config: LossScaleConfig, device: torch.device, *, enabled: bool, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.config, self.enabled = config, enabled
-        self.scale = torch.tensor(config.initial if enabled else 1.0, dtype=torch.float32, device=device)
+        self.scale = torch.tensor(config.initial if enabled else 1.0, dtype=dtype, device=device)
         self.clean = torch.zeros((), dtype=torch.int64, device=device)
         self.overflows = torch.zeros((), dtype=torch.int64, device=device)
 

@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from shardwright.parallel.logical import Logical
+from shardwright.parallel.logical import Logical, norm_here
 from shardwright.parallel.pipeline import check_tied, copy_tied, sum_tied
+from shardwright.parallel.precision import master_format
 
 
 class Stage(NamedTuple):
@@ -50,9 +51,10 @@ def apply_zero(
 ) -> None:
     """Wrap each of `blocks`, then `root` with what is left (embedding, final norm, head), in place.
 
-    mesh: (replicate, shard), sizes 1 allowed. Parameters may be on the meta device, and DTensors of a tensor axis.
+    mesh: (replicate, shard), sizes 1 allowed. Parameters are in `master_format(compute)`; they may be on the meta
+    device, and DTensors of a tensor axis.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master_format(compute), cast_forward_inputs=False)
     offloading = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for module in blocks:
         fully_shard(
@@ -80,7 +82,9 @@ def begin_micro_batch(root: nn.Module, stage: int, *, last: bool) -> None:
     """
     assert isinstance(root, FSDPModule)
     root.set_requires_gradient_sync(last or STAGES[stage].reduces_each)
+    root.set_requires_all_reduce(last)  # over replicas once a step: sums of shards wait for it
     root.set_reshard_after_backward(last or STAGES[stage].reshards)
+    root.set_reshard_after_backward(last, recurse=False)  # the next forward pass begins with what is the root's own
     root.set_is_last_backward(last)
 
 
@@ -176,15 +180,19 @@ class ShardedMasters:
             assert part.grad is not None
             if self.tied is None or name != self.tied.name or self.tied.counts:
                 shares.setdefault(self.logical[name].copies, []).append(part.grad)
-        squares = [
-            (torch.stack(torch._foreach_norm(grads)) / scale).square().sum() / copies
-            for copies, grads in shares.items()
-        ]
+        squares = [(torch.stack(_norms(grads)) / scale).square().sum() / copies for copies, grads in shares.items()]
         return torch.stack(squares).sum()
 
     def scale_grads(self, factor: Tensor) -> None:
         """Multiply every gradient by a scalar on the device."""
         torch._foreach_mul_([part.grad for part in self.parts.values() if part.grad is not None], factor)
+
+
+def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
+    """2-norms of tensors on one device."""
+    if tensors[0].device.type == "cpu":
+        return [norm_here(tensor) for tensor in tensors]
+    return torch._foreach_norm(tensors)
 
 
 def _local_gradient(parameter: nn.Parameter) -> Tensor:

@@ -51,8 +51,6 @@ class Chart:
 
 def build_page(title: str, body: Sequence[str], charts: Sequence[Chart], axes: Mapping[str, str] | None = None) -> str:
     """A whole page: `body` blocks of HTML, then the charts. `axes` names the choices of the x axis: key -> title."""
-    from plotly.offline import get_plotlyjs
-
     data = {"charts": [asdict(chart) for chart in charts], "axes": dict(axes or {})}
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -62,9 +60,16 @@ def build_page(title: str, body: Sequence[str], charts: Sequence[Chart], axes: M
         *body,
         "</main>",
         f'<script type="application/json" id="data">{as_json(data)}</script>',
-        f"<script>{get_plotlyjs()}</script><script>{SCRIPT}</script></body></html>\n",
+        f"{_library() if charts else ''}<script>{SCRIPT}</script></body></html>\n",
     ]
     return "\n".join(parts)
+
+
+def _library() -> str:
+    """What draws charts: 4.8 MB, which a page of tables alone goes without."""
+    from plotly.offline import get_plotlyjs
+
+    return f"<script>{get_plotlyjs()}</script>"
 
 
 def as_json(data: object) -> str:

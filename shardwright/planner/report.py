@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 
 from shardwright import __version__
-from shardwright.config import ConfigError
+from shardwright.config import ConfigError, RunError
 from shardwright.log import quantity
 from shardwright.planner.page import Chart, Style, Trace, axis_switch, build_page, figures, legend, table, tiles
 from shardwright.planner.runs import Record, Run, differences, key_figures, load_run, summary
@@ -30,7 +31,7 @@ def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = 
     """Write the page of one or several run folders and return its path.
 
     Default output: `report.html` in the run folder; for several runs in the working folder. ConfigError names a folder
-    that is no run, or an output that is a folder.
+    that is no run, or an output that is a folder; RunError where the page cannot be written.
     """
     folders = [Path(runs)] if isinstance(runs, (str, Path)) else [Path(run) for run in runs]
     if not folders:
@@ -50,13 +51,15 @@ def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = 
 
 def _write(place: Path, text: str) -> None:
     """Write the file whole or not at all."""
-    place.parent.mkdir(parents=True, exist_ok=True)
     fresh = place.with_name(f".{place.name}.{os.getpid()}")
     try:
+        place.parent.mkdir(parents=True, exist_ok=True)
         fresh.write_text(text, encoding="utf-8")
         fresh.replace(place)
-    finally:
-        fresh.unlink(missing_ok=True)
+    except OSError as error:
+        with suppress(OSError):
+            fresh.unlink()
+        raise RunError(f"{place}: cannot be written: {error.strerror}; name another with --output") from None
 
 
 def build_report(runs: Sequence[Run]) -> str:
@@ -107,7 +110,7 @@ def _scale_in_use(record: Record) -> float | None:
 
 
 PANELS = (
-    Panel("Validation", "Bits per byte of its text", "val_bits_per_byte", "points", False, {"ticks": ".3~g"}),
+    Panel("Validation", "Bits per byte of its text", "val_bits_per_byte", "points", False, {"ticks": "~g"}),
     Panel("Throughput", "Tokens a second", "tokens_per_s", options={"from_zero": True, "hover": ".4~s"}),
     Panel("MFU", "", "mfu", options={"from_zero": True, "ticks": "~p", "hover": ".1%"}),
     Panel("Learning rate", "As the schedule gave it", "lr", smoothed=False, options={"ticks": "~g"}),
@@ -125,7 +128,7 @@ def build_charts(runs: Sequence[Run]) -> Iterator[Chart]:
     if losses:
         shown = _range_after_the_first_drop(runs)
         note = "Cross-entropy in nats a token" + ("; double-click shows the first steps whole" if shown else "")
-        yield Chart("Loss", note, losses, ticks=".3~g", wide=True, marks=marks, shown=shown)
+        yield Chart("Loss", note, losses, ticks="~g", wide=True, marks=marks, shown=shown)
     for panel in PANELS:
         validation = panel.look == "points" and not many  # in the colour that it has in the chart of losses
         traces = [t for n, run in enumerate(runs) for t in _curves(run, panel, 1 if validation else n)]

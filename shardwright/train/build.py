@@ -24,7 +24,7 @@ from shardwright.log import get_logger, rank
 from shardwright.objective.causal import Causal
 from shardwright.objective.table import OBJECTIVES
 from shardwright.parallel.mesh import World
-from shardwright.parallel.precision import FORMATS, LossScaler, Masters
+from shardwright.parallel.precision import FORMATS, LossScaler, Masters, master_format
 from shardwright.train.evaluate import Validation
 from shardwright.train.guard import SpikeDetector
 from shardwright.train.layout import build_masters, build_stages, wants_compile
@@ -155,17 +155,23 @@ def build_step(config: Config, world: World) -> Step:
         objective.compile()
     stages = build_stages(config, world, objective)
     masters, optimizer = _build_optimizer(config, stages)
-    scaler = LossScaler(config.precision.loss_scale, world.device, enabled=config.precision.compute == "fp16")
+    compute = FORMATS[config.precision.compute]
+    scaler = LossScaler(
+        config.precision.loss_scale, world.device, enabled=compute == torch.float16, dtype=master_format(compute)
+    )
     spikes = SpikeDetector(config.guard, world.device)
     return Step(stages, masters, optimizer, scaler, spikes, config.train.clip)
 
 
 def _build_optimizer(config: Config, stages: Stages) -> tuple[StepMasters, torch.optim.Optimizer]:
+    compute = FORMATS[config.precision.compute]
+    products = None if config.optimizer.matmul == "auto" else master_format(compute)
     if stages.world.mesh is None:
-        masters = Masters(stages.models[0].model, FORMATS[config.precision.compute])
-        return masters, build_optimizer(config.optimizer, list(masters.weights.items()))
+        masters = Masters(stages.models[0].model, compute)
+        return masters, build_optimizer(config.optimizer, list(masters.weights.items()), matmul_dtype=products)
     sharded = build_masters(config, stages)
-    return sharded, build_optimizer(config.optimizer, list(sharded.parts.items()), logical=sharded.logical)
+    named = list(sharded.parts.items())
+    return sharded, build_optimizer(config.optimizer, named, logical=sharded.logical, matmul_dtype=products)
 
 
 def build_plan(config: Config, world: World, ramp: BatchRamp, excluded: Sequence[tuple[int, int]] = ()) -> Plan:
@@ -219,9 +225,7 @@ def build_validation(config: Config, world: World) -> Validation:
     )
     # Every token is predicted, whatever training leaves out: bits per byte are of the whole text.
     packing = replace(build_packing(config), cross_document_targets=True)
-    return Validation(
-        stream, packing, length=data.sequence_length, batch=config.evaluate.batch, world=world
-    )
+    return Validation(stream, packing, length=data.sequence_length, batch=config.evaluate.batch, world=world)
 
 
 def _access(config: Config) -> dict[str, Any]:

@@ -45,9 +45,7 @@ class Course:
             return self._schedule(self.progress.at_step(position.step))
         if self.progress.unit == "tokens":
             return self._schedule(self.progress.at_tokens(self.tokens(position), count * self.length))
-        return self._schedule(
-            self.progress.at_clock(position.step, position.elapsed, step_seconds, position.startup)
-        )
+        return self._schedule(self.progress.at_clock(position.step, position.elapsed, step_seconds, position.startup))
 
     def _consumed(self, position: Position) -> float:
         of = {"steps": position.step, "tokens": self.tokens(position), "seconds": position.elapsed}

@@ -37,22 +37,28 @@ class Validation:
         self.stream, self.packing, self.length, self.batch, self.world = stream, packing, length, batch, world
 
     def batches(self, most: int | None = None, at_once: int = 1) -> Iterator[list[Batch]]:
-        """This rank's batches, `at_once` at a time, until the split ends or all ranks read `most` tokens.
+        """This rank's batches, `at_once` at a time, until the split ends or one sequence more exceeds `most` tokens.
 
-        Every rank gets the same number; the last ones are filled up with rows of weight zero.
+        All ranks together take the same sequences under every layout, each of them the same number of batches; the
+        last ones are filled up with rows of weight zero.
         """
         ranks, index = self.world.degree("data"), self.world.index("data")
         size = self.batch * at_once * ranks
-        plan = Plan(global_batch=size, micro_batch=self.batch, lanes=1, data_rank=index, data_size=ranks)
-        tokens, total = 0, self.stream.num_sequences * self.length
-        bar = late_progress(total if most is None else min(most, total), "tokens", "evaluate")
+        end = self.stream.num_sequences if most is None else min(self.stream.num_sequences, max(most // self.length, 1))
+        plan = Plan(
+            global_batch=lambda _step, drawn: min(size, max(end - drawn, 1)),
+            micro_batch=self.batch,
+            lanes=1,
+            data_rank=index,
+            data_size=ranks,
+        )
+        bar = late_progress(end * self.length, "tokens", "evaluate")
         loader = Loader(self.stream, plan, self.packing, workers="thread", device=self.world.device)
         with loader, bar as advance:
             for step in loader.start():
                 yield fill_up(step.micro_batches, at_once)
-                tokens += step.count * self.length
                 advance(step.count * self.length)
-                if most is not None and tokens >= most:
+                if step.drawn + step.count >= end:
                     return
 
     def text_bytes(self, targets: float) -> float:

@@ -1,8 +1,8 @@
 """TensorBoard's event file: the numbers of metrics.jsonl once more, for TensorBoard's readers.
 
-Beside metrics.py, which owns it. Every start of a run writes one file anew from the records that stand and removes the
-older ones: TensorBoard's data server knows no purge, so that steps taken again would be shown twice. One event a record,
-written at once and without a thread, so that after a kill TensorBoard knows what metrics.jsonl knows.
+Beside metrics.py, which owns it. Every start of a run writes one file anew from the records that stand, and the older
+ones go: TensorBoard's data server knows no purge, and would show what a resume dropped. One event a record, written at
+once and without a thread, so that after a kill TensorBoard knows what metrics.jsonl knows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from shardwright.log import get_logger
 Record = Mapping[str, Any]
 
 EVENTS = "events.out.tfevents."
+_FRESH = ".fresh"  # a file that is not yet whole; no reader takes the name
+_READ_BY = 3600.0  # seconds in which a TensorBoard that watches has looked again
 
 
 def tag(name: str) -> str:
@@ -57,18 +59,24 @@ class EventFile:
         try:
             act()
         except OSError as error:
-            get_logger().warning("%s: cannot be written: %s; going on without TensorBoard", self.folder, error.strerror)
+            what = error.strerror or error
+            get_logger().warning("%s: cannot be written: %s; going on without TensorBoard", self.folder, what)
             self.close()
+            with suppress(OSError):
+                (self.folder / _FRESH).unlink()
 
     def _open(self, records: Iterable[Record]) -> None:
-        """The new file has its readers' name once it is whole, and the older ones are gone."""
+        """The new file gets its name once it is whole; then the older ones are emptied, and later removed.
+
+        A TensorBoard that watches the run goes on from an empty file to the next, but not from one that has vanished.
+        """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self.folder.mkdir(parents=True, exist_ok=True)
         older = sorted(self.folder.glob(f"{EVENTS}*"))
         times = {step: when for path in older for step, when in _wall_times(path)}
-        fresh = self.folder / ".fresh"  # a name that no reader takes
+        fresh = self.folder / _FRESH
         self._writer = RecordWriter(fresh.open("wb"))
         now = time.time()
         self._put(Event(wall_time=now, file_version="brain.Event:2"))
@@ -77,9 +85,12 @@ class EventFile:
         for record in records:
             self._write(record, times.get(record["step"], now), flush=False)
         self._writer.flush()
-        for path in older:
-            path.unlink()
         fresh.rename(self.folder / _next_name(older))
+        for path in older:
+            if path.stat().st_size:
+                path.write_bytes(b"")
+            elif now - path.stat().st_mtime > _READ_BY:
+                path.unlink()
 
     def _write(self, record: Record, when: float, *, flush: bool = True) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -98,8 +109,9 @@ class EventFile:
 
 def _next_name(older: list[Path]) -> str:
     """A name that sorts behind the older ones: readers go on to what comes later, and names hold only the second."""
-    taken = [int(path.name.removeprefix(EVENTS).split(".")[0]) for path in older]
-    return f"{EVENTS}{max(int(time.time()), *(second + 1 for second in taken), 0):010d}.{socket.gethostname()}.0"
+    seconds = [path.name.removeprefix(EVENTS).split(".")[0] for path in older]
+    later = [int(second) + 1 for second in seconds if second.isdecimal()]
+    return f"{EVENTS}{max([int(time.time()), *later]):010d}.{socket.gethostname()}.0"
 
 
 def _wall_times(path: Path) -> Iterable[tuple[int, float]]:

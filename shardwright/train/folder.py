@@ -1,24 +1,31 @@
-"""The run folder: its config, its lock on meaning, and where its parts lie."""
+"""The run folder: its config, its lock on meaning, the process that works in it, and where its parts lie."""
 
 from __future__ import annotations
 
 import os
+import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from shardwright.checkpoint import find_newest
+from shardwright.checkpoint.folder import UNFINISHED, Skipped
 from shardwright.config import Config, ConfigError, RunError, differences, to_yaml
 from shardwright.log import get_logger
 from shardwright.train.metrics import METRICS
 from shardwright.train.settings import read_config
+from shardwright.train.writing import writing
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
 
 
 def open_run_folder(config: Config) -> tuple[Path, Path | None]:
     """Make or enter the run folder; returns it and the newest whole checkpoint to go on from.
 
-    ConfigError where the folder holds the run of another config, RunError where it cannot be written.
+    ConfigError where the folder holds the run of another config; RunError where it cannot be written, or where the run
+    has checkpoints and none of them is whole: it would begin again and overwrite what is left of itself.
     """
     folder = Path(config.run or "")
     checkpoint, skipped = find_newest(folder / CHECKPOINTS)
@@ -27,6 +34,8 @@ def open_run_folder(config: Config) -> tuple[Path, Path | None]:
     begun = checkpoint is not None or bool(skipped) or (folder / METRICS).is_file()
     if begun and (folder / CONFIG).is_file():
         _check_meaning(folder, config)
+    if checkpoint is None:
+        _check_damage(skipped)
     write_config(folder, config)
     return folder, checkpoint
 
@@ -35,14 +44,10 @@ def write_config(folder: Path, config: Config) -> None:
     """Write the fully resolved config into the run folder, whole or not at all."""
     path = folder / CONFIG
     fresh = path.with_name(f".{CONFIG}.{os.getpid()}")
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         fresh.write_text(to_yaml(config), encoding="utf-8")
         fresh.replace(path)
-    except OSError as error:
-        raise RunError(
-            f"{folder}: cannot be written: {error.strerror}; choose another with run=PATH or mend its permissions"
-        ) from None
 
 
 def _check_meaning(folder: Path, config: Config) -> None:
@@ -54,3 +59,72 @@ def _check_meaning(folder: Path, config: Config) -> None:
             f"{folder}: holds the run of another config: {key} is {there} there and {here} here{more}; "
             "start a new run with run=PATH, or go on with the settings it began with"
         )
+
+
+def _check_damage(skipped: Skipped) -> None:
+    damaged = [(path, reason) for path, reason in skipped if not path.name.startswith(UNFINISHED)]
+    if damaged:
+        path, reason = max(damaged)
+        raise RunError(
+            f"{path}: this run has no whole checkpoint to go on from ({reason}); "
+            "restore it, or start a new run with run=PATH"
+        )
+
+
+class FolderLock:
+    """Keeps a second process of this host out of a run folder; whoever holds it dies with its process.
+
+    A help, not a need: where the file system has no locks, or another host holds one, the run goes on.
+    """
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+
+    def take(self, folder: Path) -> None:
+        """RunError where a live process of this host works in `folder`."""
+        with suppress(OSError):  # a folder that cannot be written gets its own error
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if self._file is None:
+            return
+        try:
+            import fcntl
+
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return self._refuse(folder)
+        except (ImportError, OSError):  # no such locks on this system, or file system
+            return
+        with suppress(OSError):
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._file is not None:
+            os.close(self._file)
+        self._file = None
+
+    def _refuse(self, folder: Path) -> None:
+        assert self._file is not None
+        time.sleep(0.2)  # it may be just about to say who it is
+        pid, _, host = os.pread(self._file, 300, 0).decode(errors="replace").strip().partition(" ")
+        if host == socket.gethostname() and pid.isdecimal() and _is_alive(int(pid)):
+            raise RunError(f"{folder}: process {pid} trains in it; wait for it or stop it, or choose another run=PATH")
+        get_logger().warning("%s: is locked by process %s on %s; going on, as it may be gone", folder, pid, host)
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is someone else's
+        return True
+    return True

@@ -1,8 +1,8 @@
 """The modules that one rank computes, wrapped for its layout in the one fixed order.
 
 1. the stage's layers, on the meta device  2. tensor plan  3. context core  4. selective recomputation  5. compile of
-each block  6. full recomputation  7. FSDP over blocks, then stage  8. memory  9. first weights, each a function of
-(seed, its name) alone. In one process, 1, 4 to 6 and 9 are what is left.
+each block  6. full recomputation  7. activation offload  8. FSDP over blocks, then stage  9. memory  10. first weights,
+each a function of (seed, its name) alone. In one process, 1, 4 to 7 and 10 are what is left.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from shardwright.parallel.context import ContextRows, apply_context
 from shardwright.parallel.logical import Logical
 from shardwright.parallel.mesh import World
 from shardwright.parallel.pipeline import Pipeline, build_tied_group
-from shardwright.parallel.precision import FORMATS
-from shardwright.parallel.recompute import apply_recompute
+from shardwright.parallel.precision import FORMATS, master_format
+from shardwright.parallel.recompute import ROUNDING, apply_activation_offload, apply_recompute
 from shardwright.parallel.refusals import Facts
 from shardwright.parallel.stages import SCHEDULES, keep_layers, layer_costs, split_layers, stage_indices
 from shardwright.parallel.tensor import apply_tensor, localize_head
@@ -42,7 +42,7 @@ def build_stages(config: Config, world: World, objective: Causal) -> Stages:
     if world.mesh is None:
         model = build_model(config.model)  # type: ignore[arg-type]
         apply_init(model, config.model, config.train.seed)  # type: ignore[arg-type]
-        apply_blocks(model.to(world.device), config)
+        apply_blocks(model.to(world.device), config, world)
         only = LossModel(model, objective, config.train.seed).train()
         return Stages({0: only}, Loop(only), world)
     ranges, own = _stage_layers(config, world)
@@ -95,18 +95,24 @@ def num_virtual(config: Config) -> int:
 def _stage_layers(config: Config, world: World) -> tuple[list[range], list[int]]:
     """(layers of every stage, stages of this rank)."""
     parallel, count = config.parallel, num_virtual(config)
-    with torch.device("meta"):
-        layers = build_model(config.model).layers()  # type: ignore[arg-type]
-    ranges = split_layers(_costs(config, world, layers), parallel.pipeline * count)
+    _, ranges = cut_layers(config, world.degree("data") * world.degree("context"))
     if parallel.pipeline == 1:
         return ranges, [0]
     return ranges, stage_indices(parallel.schedule, world.index("pipeline"), parallel.pipeline, count)
 
 
-def _costs(config: Config, world: World, layers: list[tuple[str, nn.Module]]) -> list[float]:
+def cut_layers(config: Config, replicas: int) -> tuple[list[str], list[range]]:
+    """Names of the layers, and which of them each pipeline stage has; `replicas`: data x context ranks."""
+    with torch.device("meta"):
+        layers = build_model(config.model).layers()  # type: ignore[arg-type]
+    ranges = split_layers(_costs(config, replicas, layers), config.parallel.pipeline * num_virtual(config))
+    return [name for name, _ in layers], ranges
+
+
+def _costs(config: Config, replicas: int, layers: list[tuple[str, nn.Module]]) -> list[float]:
     """What each layer costs a rank in a step."""
     length, model = config.data.sequence_length, config.model
-    tokens = config.global_batch() * length / (world.degree("data") * world.degree("context"))
+    tokens = config.global_batch() * length / replicas
     head = 6.0 * model.vocab_size * model.width * tokens  # type: ignore[attr-defined]
     blocks = num_flops(model, length).model * tokens - head  # type: ignore[arg-type]
     each = blocks / model.layers  # type: ignore[attr-defined]
@@ -121,18 +127,18 @@ def _build_part(config: Config, layers: range) -> LanguageModel:
     names = [name for name, _ in model.layers()]
     shared = SHARED if config.model.tied else None  # type: ignore[attr-defined]
     keep_layers(model, names[layers.start : layers.stop], shared=shared)
-    return model
+    return model.to(master_format(FORMATS[config.precision.compute]))
 
 
 def _spread(stage: LossModel, config: Config, world: World) -> LossModel:
-    """Steps 2 to 9 for one stage."""
+    """Steps 2 to 10 for one stage."""
     assert world.mesh is not None
     model, parallel = stage.model, config.parallel
     if parallel.tensor > 1:
         apply_tensor(model, world.mesh["tensor"], sequence=parallel.sequence)
         stage.localize = partial(localize_head, mesh=world.mesh["tensor"], sequence=parallel.sequence)
     apply_context(model, world.mesh["context"])
-    apply_blocks(model, config)
+    apply_blocks(model, config, world)
     apply_zero(
         stage,
         blocks_of(model),
@@ -192,14 +198,16 @@ def blocks_of(model: LanguageModel) -> list[nn.Module]:
     return [module for name, module in model.layers() if name.startswith("blocks.")]
 
 
-def apply_blocks(model: LanguageModel, config: Config) -> None:
-    """Recomputation and compilation of every block, in their order."""
+def apply_blocks(model: LanguageModel, config: Config, world: World) -> None:
+    """Recomputation, compilation and offload of every block, in their order."""
     blocks = blocks_of(model)
     apply_recompute(blocks, config.train.recompute, compiled=False)
     if wants_compile(config):
         for block in blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True)
+            block.forward = torch.compile(block.forward, fullgraph=True, options=ROUNDING)
     apply_recompute(blocks, config.train.recompute, compiled=True)
+    if config.train.offload_activations:
+        apply_activation_offload(blocks, world.device)
 
 
 def wants_compile(config: Config) -> bool:

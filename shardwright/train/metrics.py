@@ -11,11 +11,10 @@ import errno
 import json
 import math
 import os
-import re
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from shardwright.config import ConfigError
 from shardwright.hardware import Peak
@@ -33,6 +33,7 @@ from shardwright.train.writing import writing
 Fields = Mapping[str, float | int | str | None]
 
 METRICS, STARTS = "metrics.jsonl", "starts.jsonl"
+_BAR = (10, 24)  # least and most characters of the live line's bar
 
 # Fields of a terminal line, in their order, and how each is said.
 TRAINING_WORDS: dict[str, Callable[[Any], str]] = {
@@ -188,9 +189,24 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
 
 def training_line(record: Fields, total_steps: int | None = None) -> str:
     """`step 120/1000  loss 3.2123  lr 2.9e-04  grad 0.81  1.31k tokens/s  mfu 41.0%`, of what the record has."""
+    return "  ".join(training_words(record, total_steps))
+
+
+def training_words(record: Fields, total_steps: int | None = None) -> list[str]:
+    """The parts of `training_line`, the most wanted first."""
     words = [f"step {record['step']}" + (f"/{total_steps}" if total_steps else "")]
     words += [f"{name} not finite" for name in str(record.get("nonfinite") or "").split()]
-    return "  ".join(words + _shaped(record, TRAINING_WORDS))
+    return words + _shaped(record, TRAINING_WORDS)
+
+
+def fitting(words: Sequence[str], width: int) -> str:
+    """As many of the words as go into a line of `width` characters, the first one always."""
+    line = words[0]
+    for word in words[1:]:
+        if len(line) + 2 + len(word) > width:
+            break
+        line += f"  {word}"
+    return line
 
 
 def validation_line(record: Fields) -> str:
@@ -244,9 +260,11 @@ class _LiveDisplay(_Display):
 
     def __init__(self, step: int, total_steps: int | None) -> None:
         super().__init__(step, total_steps)
-        self._words = ""
+        self._record: Fields = {}
+        self._gauge = BarColumn(bar_width=_BAR[1])
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[left]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)), self._gauge,
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
             console=console(), refresh_per_second=4,
         )  # fmt: skip
         self._task: TaskID = self._bar.add_task("start", total=1.0, left="")
@@ -254,13 +272,15 @@ class _LiveDisplay(_Display):
 
     def advance(self, step: int, progress: float) -> None:
         super().advance(step, progress)
-        words = self._words or training_line({"step": step}, self.total_steps)
-        words = re.sub(r"^step \d+", f"step {step}", words)
-        self._bar.update(self._task, completed=progress, description=words, left=self.left())
+        left = self.left()
+        room = console().width - len(left) - 2  # a space on either side of the bar
+        words = fitting(training_words({**self._record, "step": step}, self.total_steps), room - _BAR[0])
+        self._gauge.bar_width = min(max(room - len(words), 1), _BAR[1])
+        self._bar.update(self._task, completed=progress, description=words, left=left)
 
     def show(self, record: Fields) -> None:
         if "loss" in record:
-            self._words = training_line(record, self.total_steps)
+            self._record = record
         if "val_loss" in record:
             get_logger().info(validation_line(record))
 

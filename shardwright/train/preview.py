@@ -8,10 +8,13 @@ from shardwright.config import Config, to_yaml
 from shardwright.estimate.memory import step_memory
 from shardwright.log import quantity
 from shardwright.model.count import num_flops, num_parameters
-from shardwright.parallel.mesh import build_world
+from shardwright.parallel.mesh import choose_device, world_size
 from shardwright.parallel.precision import FORMATS
+from shardwright.parallel.refusals import Facts, check_layout, describe, layout_warnings
+from shardwright.parallel.stages import stage_indices
 from shardwright.train.build import build_corpus, check_length, fit_to_corpus
 from shardwright.train.course import Course
+from shardwright.train.layout import build_facts, cut_layers, num_virtual
 
 
 def batch_equation(config: Config, data_size: int = 1) -> str:
@@ -28,12 +31,14 @@ def batch_equation(config: Config, data_size: int = 1) -> str:
 
 
 def preview(config: Config, *, as_json: bool = False) -> str:
-    """The resolved config, batch, size, FLOPs and memory of a run, as text or JSON."""
-    world = build_world(config.train.device, config.train.threads)
+    """The resolved config, batch, layout, size, FLOPs and memory of a run, as text or JSON."""
+    device = choose_device(config.train.device)
     check_length(config)
     course = Course(config)
     if config.model.vocab_size == 0 or config.data.mixture():
         fit_to_corpus(config, build_corpus(config))
+    facts = build_facts(config, planned_world(config))
+    check_layout(facts)
     model, length = config.model, config.data.sequence_length
     parameters = num_parameters(model)  # type: ignore[arg-type]
     flops = num_flops(model, length)  # type: ignore[arg-type]
@@ -46,11 +51,38 @@ def preview(config: Config, *, as_json: bool = False) -> str:
         recompute=config.train.recompute,
     )
     if as_json:
-        facts = {"parameters": parameters, "flops_per_token": flops.model, "memory_bytes": memory}
-        return json.dumps({"config": config.model_dump(mode="json"), "batch": batch_equation(config), **facts})
-    sizes = _sizes(parameters, flops.model, memory)
-    lines = [to_yaml(config), batch_equation(config), _length(config, course), *sizes, f"device: {world.device}"]
-    return "\n".join(lines)
+        sizes = {"parameters": parameters, "flops_per_token": flops.model, "memory_bytes": memory}
+        layout = {"world": facts.world, "stages": stage_layers(config, facts), "warnings": layout_warnings(facts)}
+        batch = batch_equation(config, facts.data)
+        return json.dumps({"config": config.model_dump(mode="json"), "batch": batch, "layout": layout, **sizes})
+    lines = [to_yaml(config), batch_equation(config, facts.data), *_layout(config, facts), _length(config, course)]
+    return "\n".join([*lines, *_sizes(parameters, flops.model, memory), f"device: {device}"])
+
+
+def planned_world(config: Config) -> int:
+    """Processes that the launcher started; without one as many as the config's degrees ask for."""
+    parallel, started = config.parallel, world_size()
+    asked = (parallel.data or 1) * parallel.context * parallel.tensor * parallel.pipeline
+    return started if started > 1 else asked
+
+
+def stage_layers(config: Config, facts: Facts) -> list[list[str]]:
+    """The layers of each pipeline stage; one stage has them all."""
+    names, ranges = cut_layers(config, facts.data * facts.context)
+    return [names[part.start : part.stop] for part in ranges]
+
+
+def _layout(config: Config, facts: Facts) -> list[str]:
+    if facts.world == 1:
+        return []
+    lines = [f"layout: {describe(facts)} on {facts.world} processes; zero={facts.zero}"]
+    if facts.pipeline > 1:
+        ranks = range(facts.pipeline)
+        places = {i: r for r in ranks for i in stage_indices(facts.schedule, r, facts.pipeline, num_virtual(config))}
+        for index, names in enumerate(stage_layers(config, facts)):
+            span = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+            lines.append(f"  stage {index}, on pipeline rank {places[index]}: {span}")
+    return [*lines, *(f"warning: {warning}" for warning in layout_warnings(facts))]
 
 
 def _length(config: Config, course: Course) -> str:

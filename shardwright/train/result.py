@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from shardwright.train.writing import writing
+
 RESULT = "result.json"
 
 
@@ -30,8 +32,9 @@ class Result:
 def write_result(folder: Path, result: Result) -> None:
     """Keep the result of a finished run in its folder."""
     fresh = folder / f".{RESULT}"
-    fresh.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
-    fresh.replace(folder / RESULT)
+    with writing(folder / RESULT):
+        fresh.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
+        fresh.replace(folder / RESULT)
 
 
 def read_result(folder: Path, step: int) -> Result | None:

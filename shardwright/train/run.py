@@ -23,6 +23,7 @@ from shardwright.hardware import EnergyMeter, device_name, known_peak, measured_
 from shardwright.log import get_logger
 from shardwright.model.count import num_flops, num_parameters
 from shardwright.parallel.mesh import World, join_world, world_size
+from shardwright.parallel.peers import watch_peers
 from shardwright.parallel.precision import FORMATS
 from shardwright.parallel.refusals import check_layout
 from shardwright.train.build import (
@@ -33,20 +34,23 @@ from shardwright.train.build import (
     build_step,
     build_validation,
     fit_to_corpus,
+    has_validation,
 )
 from shardwright.train.clock import Clock
 from shardwright.train.course import Course
 from shardwright.train.diagnose import first_nonfinite
 from shardwright.train.evaluate import Validation, evaluate, split_text, xz_bits_per_byte
-from shardwright.train.folder import CHECKPOINTS, open_run_folder
+from shardwright.train.folder import CHECKPOINTS, FolderLock, open_run_folder
 from shardwright.train.guard import DelayedRead
 from shardwright.train.layout import build_facts
 from shardwright.train.metrics import MetricsLog, Utilisation, read_metrics, record_start
 from shardwright.train.position import Position, apply_tensors, checkpoint_tensors
+from shardwright.train.preview import batch_equation
 from shardwright.train.profile import StepProfiler
 from shardwright.train.result import Result, read_result, write_result
 from shardwright.train.signals import Signals
 from shardwright.train.step import Outcome
+from shardwright.train.writing import naming, writing
 
 log = get_logger()
 
@@ -59,20 +63,29 @@ def train(config: Config) -> Result:
     corpus = build_corpus(config)
     fit_to_corpus(config, corpus)
     check_layout(build_facts(config, world_size()))
-    with join_world(config.train.device, config.train.threads, config.parallel) as world, open_ranks() as ranks:
-        checkpoint = _open_folder(config, corpus, ranks)
-        with Signals() as signals, Run(config, world, ranks, corpus, signals) as run:
+    with (
+        Signals() as signals,  # first: who reports a lost rank must not be stopped by the launcher's SIGTERM
+        join_world(config.train.device, config.train.threads, config.parallel) as world,
+        watch_peers(world),
+        open_ranks() as ranks,
+        FolderLock() as lock,
+        naming(Path(config.run or "")),
+    ):
+        checkpoint = _open_folder(config, corpus, ranks, lock)
+        with Run(config, world, ranks, corpus, signals) as run:
             run.begin(checkpoint)
             run.loop()
             return run.finish()
 
 
-def _open_folder(config: Config, corpus: Corpus, ranks: Ranks) -> Path | None:
+def _open_folder(config: Config, corpus: Corpus, ranks: Ranks, lock: FolderLock) -> Path | None:
     """Make or enter the run folder, on rank 0; the checkpoint to go on from, on every rank."""
 
     def enter() -> str:
+        lock.take(Path(config.run or ""))
         folder, checkpoint = open_run_folder(config)
-        corpus.tokenizer.save(folder)
+        with writing(folder):
+            corpus.tokenizer.save(folder)
         return str(checkpoint or "")
 
     found = ranks.share(ranks.together("opening the run folder", enter if ranks.rank == 0 else None) or "")
@@ -134,6 +147,9 @@ class Run:
         parameters = num_parameters(self.config.model)["total"]  # type: ignore[arg-type]
         name = device_name(self.world.device)
         log.info("%s on %s: %s parameters; %s", self.folder, name, f"{parameters:,}", self.utilisation.describe())
+        if self.world.size > 1:
+            equation = batch_equation(self.config, self.world.degree("data"))
+            log.info("%d processes, %s; %s", self.world.size, self.world.describe(), equation)
         if self.world.leads:
             record_start(
                 self.folder,
@@ -195,7 +211,9 @@ class Run:
     # ------------------------------------------------------------------------------------------ loop
 
     def loop(self) -> None:
-        """Steps until the run is done or asked to stop."""
+        """Steps until the run is done or asked to stop; first the evaluation that the last start was stopped in."""
+        if self._owes_evaluation():
+            self._evaluate(self.config.evaluate.max_tokens)
         while not self._is_over():
             with self.profiler.step(self.position.step + 1):
                 self._one_step()
@@ -241,6 +259,8 @@ class Run:
         due_eval = _due(step, config.evaluate.every) and not self._is_done()
         due_save = _due(step, config.checkpoint.every)
         self.metrics.advance(step, self.course.share(self.position))
+        if _due(step, config.parallel.check_tied):
+            self._check_tied()
         if not (due_log or due_eval or due_save):
             return
         if self._judge():
@@ -251,6 +271,22 @@ class Run:
             self._evaluate(self.config.evaluate.max_tokens)
         if due_save:
             self._save()
+
+    def _owes_evaluation(self) -> bool:
+        """Whether the step that the run goes on from lacks the evaluation that is due at it."""
+        step = self.position.step
+        if step == 0 or not _due(step, self.config.evaluate.every) or self._is_done():
+            return False
+        return self.world.any(self.world.leads and self._validation_record() is None)
+
+    def _check_tied(self) -> None:
+        """Embedding and head of a pipeline are two copies of one weight: RunError where they have parted."""
+        tied = getattr(self.step.masters, "tied", None)
+        if tied is not None and self.world.any(bool(tied.difference() > 0)):
+            raise RunError(
+                f"step {self.position.step}: the copies of {tied.name} on the first and the last stage differ; go back "
+                "to a checkpoint from before, and report this with the config"
+            )
 
     def _is_done(self) -> bool:
         position = self.position
@@ -397,6 +433,8 @@ class Run:
         known = self._known_result() if self.world.leads else None
         if self.world.any(known is not None):
             return known or Result(str(self.folder), step, self.course.tokens(self.position), stopped=False)
+        if not has_validation(self.corpus):
+            return self._result({})
         figures = self._evaluate(None)
         if figures is None:
             self.stopped = True
@@ -408,18 +446,24 @@ class Run:
         found = read_result(self.folder, self.position.step)
         if found is not None:
             return found
+        record = self._validation_record()
+        return None if record is None else self._result(record)
+
+    def _validation_record(self) -> dict[str, Any] | None:
+        """The newest evaluation that was logged at this step."""
         records = [r for r in read_metrics(self.folder) if r["step"] == self.position.step and "val_loss" in r]
-        return self._result(records[-1]) if records else None
+        return records[-1] if records else None
 
     def _result(self, figures: Mapping[str, float]) -> Result:
-        text = split_text(self.corpus.manifests, self.corpus.tokenizer) if self.world.leads else None
+        measured = figures and self.world.leads
+        text = split_text(self.corpus.manifests, self.corpus.tokenizer) if measured else None
         result = Result(
             run=str(self.folder),
             step=self.position.step,
             tokens=self.course.tokens(self.position),
             stopped=False,
-            val_loss=figures["val_loss"],
-            val_bits_per_byte=figures["val_bits_per_byte"],
+            val_loss=figures.get("val_loss"),
+            val_bits_per_byte=figures.get("val_bits_per_byte"),
             xz_bits_per_byte=xz_bits_per_byte(text) if text else None,
         )
         if self.world.leads:
@@ -447,4 +491,5 @@ def _tell(result: Result) -> None:
     log.info("done: %s, %d steps, %s tokens", result.run, result.step, f"{result.tokens:,}")
     if result.xz_bits_per_byte is not None:
         log.info("xz -9e: %.3f bits per byte", result.xz_bits_per_byte)
-    log.info("shardwright: %.3f bits per byte on the same validation text", result.val_bits_per_byte)
+    if result.val_bits_per_byte is not None:
+        log.info("shardwright: %.3f bits per byte on the same validation text", result.val_bits_per_byte)

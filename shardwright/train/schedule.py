@@ -121,9 +121,7 @@ class Progress:
         assert self.unit == "tokens"
         return min((consumed + 0.5 * batch) / self.total, 1.0)
 
-    def at_clock(
-        self, step: int, elapsed: float | None, step_seconds: float = 0.0, startup: float = 0.0
-    ) -> float:
+    def at_clock(self, step: int, elapsed: float | None, step_seconds: float = 0.0, startup: float = 0.0) -> float:
         """Position of step `step`, which starts `elapsed` seconds into the run and takes about `step_seconds`.
 
         The first `startup` seconds (building, compiling) are part of the budget, but not of the schedule.

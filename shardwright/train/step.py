@@ -91,7 +91,7 @@ class Step:
 
         `batches` as `cut` made them.
         """
-        counts = self.stages.counts(batches).clamp(min=1).float().unbind()
+        counts = self.stages.counts(batches).clamp(min=1).to(self.scaler.scale.dtype).unbind()
         terms = self.stages.objective.terms.items()
         return {t: self.scaler.scale * weight / count for (t, weight), count in zip(terms, counts, strict=True)}
 
@@ -108,7 +108,7 @@ class Step:
         total = world.sum(torch.stack([square, self._loss / world.degree("tensor"), asked]))
         norm, loss = total[0].sqrt(), total[1]
         overflow = ~(torch.isfinite(norm) & torch.isfinite(loss))
-        spike = self.spikes.judge(loss, overflow)
+        spike = self.spikes.judge(loss.float(), overflow)
         skipped = overflow | (spike if self.spikes.config.spike != "ignore" else torch.zeros_like(spike))
         self._scale_grads(norm, scale, skipped)
         self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ LAYOUTS = {
     "data2_tensor2": (4, ["parallel.tensor=2"]),
     "zero3_tensor2": (4, ["parallel.tensor=2", "parallel.zero=3"]),
     "data2_context2": (4, ["parallel.context=2"]),
+    "replicate2_context2": (4, ["parallel.context=2", "parallel.zero=0"]),
     "data2_pipeline2": (4, ["parallel.pipeline=2"]),
     "tensor2_pipeline2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "pipeline4_1f1b": (4, ["parallel.pipeline=4"]),

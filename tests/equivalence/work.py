@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwright.train import run as loop
 from shardwright.train.metrics import read_metrics
@@ -78,3 +79,46 @@ def overflow(raw: dict[str, Any], overrides: list[str], step: int, rank: int) ->
         return read_metrics(Path(loop.train(read_config(raw, overrides)).run))
     finally:
         loop.Run = original  # type: ignore[misc]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that bring a device value to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.count += function in reads
+        return function(*args, **(kwargs or {}))
+
+
+def host_reads(raw: dict[str, Any], overrides: list[str]) -> list[int]:
+    """Host reads in each step of a run: of `accumulate` and `update` together."""
+    torch.set_num_threads(1)
+    counts: list[int] = []
+
+    class Counted(loop.Run):
+        def _one_step(self) -> None:
+            accumulate, update = self.step.accumulate, self.step.update
+
+            def counted(function: Any) -> Any:
+                def call(*args: Any, **kwargs: Any) -> Any:
+                    with HostReads() as mode:
+                        answer = function(*args, **kwargs)
+                    counts.append(mode.count)
+                    return answer
+
+                return call
+
+            self.step.accumulate, self.step.update = counted(accumulate), counted(update)  # type: ignore[method-assign]
+            super()._one_step()
+            del self.step.accumulate, self.step.update
+
+    original, loop.Run = loop.Run, Counted  # type: ignore[misc]
+    try:
+        loop.train(read_config(raw, overrides))
+    finally:
+        loop.Run = original  # type: ignore[misc]
+    return [a + b for a, b in zip(counts[::2], counts[1::2], strict=True)]

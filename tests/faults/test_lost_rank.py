@@ -61,7 +61,9 @@ def test_killing_a_rank_leaves_nothing_but_a_message(rank, prepared, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(SIZE)]
     with output.open("wb") as file:
         environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}
-        launcher = subprocess.Popen([*command, "-m", "shardwright", "train", str(path)], stdout=file, stderr=file, env=environment)
+        launcher = subprocess.Popen(
+            [*command, "-m", "shardwright", "train", str(path)], stdout=file, stderr=file, env=environment
+        )
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"
         wait_for(lambda: launcher.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > 2), 120)

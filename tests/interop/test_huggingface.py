@@ -114,6 +114,13 @@ def test_their_model_imports(theirs: transformers.PretrainedConfig) -> None:
     torch.testing.assert_close(ours(ids)["logits"], model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+@pytest.mark.parametrize("given", [{}, {"vocab_size": 99, "max_position_embeddings": 77, "n_positions": 77}])
+def test_what_a_config_json_leaves_out_is_as_they_have_it(model_type: str, given: dict[str, int]) -> None:
+    theirs = transformers.AutoConfig.for_model(model_type, **given)
+    assert write_config(read_config({"model_type": model_type, **given})) == write_config(read_config(theirs.to_dict()))
+
+
 def test_a_bare_stack_without_prefix_imports() -> None:
     ours = build_ours("gpt2")
     bare = {n.removeprefix("transformer."): t for n, t in export_tensors(ours.config, dict(ours.named_parameters()))}

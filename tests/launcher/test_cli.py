@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from shardwright.config import to_yaml
+from shardwright.launcher import cli
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -44,7 +45,9 @@ def test_every_command_has_help_with_an_example():
 def test_train_again_is_done_and_eval_agrees(trained, prepared):
     answer = run("train", "debug/gpt2", f"data.path={prepared}", f"run={trained}", "train.steps=3")
     assert answer.returncode == 0 and "done:" in answer.stderr + answer.stdout
-    scored = json.loads(run("eval", str(trained), "--json").stdout)
+    answer = run("eval", str(trained), "--json")
+    assert answer.stderr == ""
+    scored = json.loads(answer.stdout)
     result = json.loads((trained / "result.json").read_text())
     assert scored["val_bits_per_byte"] == pytest.approx(result["val_bits_per_byte"], rel=1e-5)
 
@@ -53,6 +56,8 @@ def test_generate_is_a_function_of_its_seed(trained):
     first, again, other = (run("generate", str(trained), "--prompt", "The ", "--tokens", "12", "--seed", s).stdout
                            for s in ("1", "1", "2"))  # fmt: skip
     assert first.startswith("The ") and first == again != other
+    cold = run("generate", str(trained), "--tokens", "5", "--temperature", "1e-40")
+    assert cold.returncode == 0, cold.stderr
 
 
 def test_report_writes_a_page(trained, tmp_path):
@@ -78,8 +83,43 @@ def test_mistakes(tmp_path, prepared, trained):
     refused("train", "debug/gpt2", data, "batch.micro=5", says="batch.micro=5: does not divide batch.sequences=16")
     refused("train", "debug/gpt2", data, "data.sequence_length=999", says="longer than the model allows")
     refused("train", "debug/gpt2", data, f"run={trained}", "optimizer.lr=1", says="holds the run of another config")
+    refused("train", ".", says=".: is a folder, not a config file; shipped configs:")
+    refused("train", "debug/gpt2", data, "train=5", says="train: got 5 (int); expected a section of keys")
+    refused("train", "debug/gpt2", data, "data.allow=[pips]", "--dry-run", says="data.allow.0: got 'pips'")
     refused("generate", str(tmp_path), says="neither a run folder nor a checkpoint")
+    refused("generate", str(trained), "--prompt", "ab\udcff", says="prompt: character 3 is no valid UTF-8")
+    refused("generate", str(trained), "--seed", str(2**64), says="seed=18446744073709551616: expected 0 to")
+    refused("eval", str(trained), "--json", "--data", str(tmp_path), code=1, says="manifest.json: no such file")
+    refused("report", str(trained), "--output", str(tmp_path), says="is a folder; name the file")
     refused("prepare", str(tmp_path / "none.txt"), "--output", str(tmp_path / "o"), says="none.txt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train'? see shardwright --help"),
+        (["train"], "Missing argument 'config'; see shardwright train --help"),
+        (["train", "debug/gpt2", "--frob"], "No such option: --frob; see shardwright train --help"),
+        (["generate", "x", "--temperature", "-1"], "Invalid value for '--temperature'"),
+        (["prepare", "x"], "Missing option '--output' / '-o'; see shardwright prepare --help"),
+    ],
+)
+def test_bad_usage_gets_one_line(arguments, says, capsys):
+    assert cli.run(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("shardwright: ") and says in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--traceback", "train", "none"], ["train", "none", "--traceback"]])
+def test_a_traceback_is_shown_wherever_it_is_asked_for_and_changes_no_code(arguments, capsys):
+    assert cli.run(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and lines[-1].startswith("shardwright: none: no such config file")
+
+
+def test_without_a_command_there_is_help(capsys):
+    assert cli.run([]) == 2
+    assert "Commands" in capsys.readouterr().out
 
 
 def test_a_tokenizer_that_is_not_the_shards_own(tmp_path, prepared):

@@ -53,10 +53,11 @@ SHAPES = {
     "blocks.1.attention.k.weight": (8, 8),
     "blocks.1.mlp.up.weight": (13, 8),
     "blocks.1.mlp.down.weight": (3, 13),
+    "blocks.1.experts.weight": (3, 5, 8),
     "head.weight": (19, 8),
 }
 PLAN: dict[str, Placement] = {"tokens": Shard(0), "q": Shard(0), "k": Shard(0), "v": Shard(0), "up": Shard(0)}
-PLAN |= {"head": Shard(0), "out": Shard(1), "down": Shard(1)}
+PLAN |= {"head": Shard(0), "out": Shard(1), "down": Shard(1), "experts": Shard(1)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "adamw": {"name": "adamw"},
     "adam": {"name": "adam"},

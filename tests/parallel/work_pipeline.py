@@ -209,8 +209,11 @@ def course(case: Case) -> dict[str, Any]:
             stage.zero_grad()
             stage.scale = scale_of(batches)
         answer["losses"].append(float(pipeline.run(batches[place :: case.data])))
-        sum_tied([local(p.grad) for p in tied], group)
         parameters = [(n, p) for stage in stages.values() for n, p in stage.model.named_parameters()]
+        for _, parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        sum_tied([local(p.grad) for p in tied], group)
         answer["gradients"].append([(n, whole(p.grad)) for n, p in parameters])
         with torch.no_grad():
             for _, parameter in parameters:

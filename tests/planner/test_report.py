@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.config import ConfigError
+from shardwright.config import ConfigError, RunError
 from shardwright.log import get_logger
 from shardwright.planner.report import report, smooth, thin
 from shardwright.planner.runs import load_run
@@ -221,7 +221,10 @@ def test_a_folder_in_place_of_the_page_is_named_and_stays_as_it_was(tmp_path: Pa
     place.mkdir()
     with pytest.raises(ConfigError, match=r"place: is a folder; name the file, as in --output .*place/report.html"):
         report(run, place)
-    assert sorted(tmp_path.iterdir()) == [place, run] and list(place.iterdir()) == []
+    (place / "file").touch()
+    with pytest.raises(RunError, match=r"place/file/page.html: cannot be written: "):
+        report(run, place / "file" / "page.html")
+    assert sorted(tmp_path.iterdir()) == [place, run] and list(place.iterdir()) == [place / "file"]
 
 
 def test_two_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:

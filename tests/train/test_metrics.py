@@ -1,5 +1,6 @@
 """metrics.jsonl, TensorBoard and the terminal lines: whole after a kill, cut at a resume, never doubled."""
 
+import errno
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from hypothesis import strategies as st
 from shardwright.config import ConfigError, RunError
 from shardwright.hardware import Peak
 from shardwright.log import get_logger
+from shardwright.parallel.mesh import World
+from shardwright.train.clock import Clock
 from shardwright.train.metrics import (
     MetricsLog,
     Utilisation,
@@ -31,6 +35,9 @@ from shardwright.train.metrics import (
     truncate,
     validation_line,
 )
+from shardwright.train.result import Result, write_result
+from shardwright.train.schedule import Progress
+from shardwright.train.writing import naming
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,6 +135,83 @@ def test_a_killed_run_goes_on_without_a_doubled_step(tmp_path: Path) -> None:
     assert [r["loss"] for r in read_metrics(tmp_path)] == [1.0 / s for s in range(1, 22)]
 
 
+def test_tensorboard_keeps_nothing_that_a_resume_dropped(tmp_path: Path) -> None:
+    """Every reader: one file has events, whether it was watched all the time or is read anew; times are kept."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    watching = EventAccumulator(str(tmp_path / "tensorboard"))
+    with MetricsLog(tmp_path) as log:
+        for step in (10, 20, 30, 40):
+            log.log(step, {"loss": 1.0 / step})
+    watching.Reload()
+    first = watching.Scalars("train/loss")
+    assert [event.step for event in first] == [10, 20, 30, 40]
+    for resumed, taken in ((20, 35), (35, 50)):
+        with MetricsLog(tmp_path, resumed) as log:
+            log.log(taken, {"loss": 1.0 / taken})
+    watching.Reload()
+    assert [event.step for event in watching.Scalars("train/loss")] == [10, 20, 35, 50]
+    assert tensorboard_steps(tmp_path, "train/loss") == [10, 20, 35, 50]
+    assert [event.wall_time for event in watching.Scalars("train/loss")][:2] == [e.wall_time for e in first][:2]
+    files = sorted((tmp_path / "tensorboard").iterdir())
+    assert [file.stat().st_size > 0 for file in files] == [False, False, True]
+    os.utime(files[0], (0, 0))
+    MetricsLog(tmp_path, 50).close()
+    assert not files[0].exists(), "one that every reader has passed"
+
+
+def test_a_disk_too_full_for_tensorboard_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsLog(tmp_path) as log:
+        log.log(1, fields(1))
+        (events,) = (tmp_path / "tensorboard").iterdir()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (events.stat().st_size + 10, limits[1]))
+        try:
+            log.log(2, {"loss": 1.0})
+            log.log(3, {"loss": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caplog.text.count("tensorboard: cannot be written: File too large; going on without TensorBoard") == 1
+    assert failed == []
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
+    assert tensorboard_steps(tmp_path, "train/loss") == [1]
+
+
+def test_a_file_in_the_place_of_tensorboards_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tensorboard").write_text("")
+    with MetricsLog(tmp_path) as log:
+        log.log(1, fields(1))
+    assert "tensorboard: cannot be written: File exists; going on without TensorBoard" in capfd.readouterr().err
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1]
+
+
+def test_a_folder_in_the_place_of_the_records(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written: Is a directory; move away what stands"):
+        MetricsLog(tmp_path, tensorboard=False)
+
+
+def test_what_else_a_full_disk_stops_is_named(tmp_path: Path) -> None:
+    progress = Progress("seconds", 60.0, [0.5])
+    writers = {
+        "starts.jsonl": lambda: record_start(tmp_path, 0),
+        "clock.jsonl": lambda: Clock(tmp_path, progress, World()).record(0),
+        ".result.json": lambda: write_result(tmp_path, Result("run", 1, 64, stopped=False)),
+    }
+    for name, write in writers.items():
+        (tmp_path / name).symlink_to("/dev/full")
+        with pytest.raises(RunError, match=rf"{name.lstrip('.')}: cannot be written: No space left.*; free space"):
+            write()
+    with pytest.raises(RunError, match=f"{tmp_path}: cannot be written: full; free space"), naming(tmp_path):
+        raise OSError(errno.ENOSPC, "full")
+    with pytest.raises(ConnectionError), naming(tmp_path):
+        raise ConnectionError(errno.ECONNRESET, "what is not about a disk stays what it is")
+
+
 def test_a_run_without_a_checkpoint_starts_its_records_again(tmp_path: Path) -> None:
     for _ in range(2):
         with MetricsLog(tmp_path) as log:
@@ -162,9 +246,7 @@ def test_a_rank_that_does_not_write_leaves_no_trace(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().err == ""
 
 
-def test_without_a_terminal_only_logged_steps_are_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_terminal_only_logged_steps_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with MetricsLog(tmp_path, total_steps=100, tensorboard=False) as log:
         for step in range(1, 101):
             log.advance(step, step / 100)
@@ -191,18 +273,31 @@ def test_quiet_prints_nothing_and_still_writes(tmp_path: Path, capsys: pytest.Ca
     assert len(read_metrics(tmp_path)) == 1
 
 
-def test_a_terminal_gets_one_live_line_and_lasting_evaluations(tmp_path: Path) -> None:
+@pytest.mark.parametrize("columns", [60, 80, 140])
+def test_the_live_line_keeps_bar_and_time_left(tmp_path: Path, columns: int) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom shardwright.train.metrics import MetricsLog\n"
-        "with MetricsLog(Path(sys.argv[1]), total_steps=40, tensorboard=False) as log:\n"
-        "    for step in range(1, 41):\n"
-        "        log.advance(step, step / 40)\n"
-        "        log.log(step, {'loss': 2.5, 'tokens_per_s': 1.0})\n"
-        "    log.log(40, {'val_loss': 2.25})\n"
+        "import sys, time\nfrom pathlib import Path\nfrom shardwright.train.metrics import MetricsLog\n"
+        "with MetricsLog(Path(sys.argv[1]), total_steps=100000, tensorboard=False) as log:\n"
+        "    for step in range(12345, 12348):\n"
+        "        log.log(step, {'loss': 2.5, 'lr': 3e-4, 'grad_norm': 0.81, 'tokens_per_s': 1.31e6, 'mfu': 0.412,\n"
+        "                       'mem_gib': 61.25})\n"
+        "        log.advance(step, step / 1e5)\n"
+        "        time.sleep(0.1)\n"
     )
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", _shown(code, tmp_path, columns)))
+    assert all(len(line) <= columns for line in lines)
+    whole = [line for line in lines if "step 12347/100000" in line]
+    assert whole, lines
+    for line in whole:
+        assert re.search(r"step 12347/100000  .*\S [━╺╸]{4,}.* 12 %  \d+:\d\d(:\d\d)? left", line), line
+    assert ("61.25 GiB" in whole[-1]) == (columns == 140)
+
+
+def _shown(code: str, folder: Path, columns: int) -> str:
+    """What a script showed on a terminal of this width, escapes included."""
     main, other = pty.openpty()
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    process = subprocess.Popen(command, stderr=other, cwd=ROOT, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"})
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": str(columns)}
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stderr=other, cwd=ROOT, env=environment)
     os.close(other)
     shown = b""
     while True:
@@ -212,7 +307,20 @@ def test_a_terminal_gets_one_live_line_and_lasting_evaluations(tmp_path: Path) -
             break
     os.close(main)
     assert process.wait() == 0
-    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode())
+    return shown.decode()
+
+
+def test_a_terminal_gets_one_live_line_and_lasting_evaluations(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom shardwright.train.metrics import MetricsLog\n"
+        "with MetricsLog(Path(sys.argv[1]), total_steps=40, tensorboard=False) as log:\n"
+        "    for step in range(1, 41):\n"
+        "        log.advance(step, step / 40)\n"
+        "        log.log(step, {'loss': 2.5, 'tokens_per_s': 1.0})\n"
+        "    log.log(40, {'val_loss': 2.25})\n"
+    )
+    shown = _shown(code, tmp_path, 120)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown)
     assert "step 40/40  loss 2.5000" in text
     assert "100 %" in text
     assert text.count("validation loss 2.2500") == 1
@@ -231,9 +339,7 @@ def test_mfu_is_the_models_flops_over_a_named_peak() -> None:
     peak = Peak(989e12, "H100-80GB-SXM dense bf16 peak, 989 TFLOP/s")
     use = Utilisation(flops_per_token=6 * 7e9, peak=peak, num_devices=8)
     assert use.mfu(80_000) == pytest.approx(6 * 7e9 * 80_000 / (8 * 989e12))
-    assert use.describe() == (
-        "MFU: 42.0 GFLOP a token over 8 x H100-80GB-SXM dense bf16 peak, 989 TFLOP/s"
-    )
+    assert use.describe() == ("MFU: 42.0 GFLOP a token over 8 x H100-80GB-SXM dense bf16 peak, 989 TFLOP/s")
     unknown = Utilisation(6e9, None)
     assert unknown.mfu(1e5) is None
     assert "not known" in unknown.describe()

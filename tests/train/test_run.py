@@ -238,11 +238,24 @@ def test_recomputation_is_equal_bit_for_bit_with_dropout(tiny, tmp_path, mode, c
     assert losses(again.run) == losses(plain.run)
 
 
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+def test_selective_recomputation_rounds_where_none_does(tiny, tmp_path, compute):
+    """What a compiled graph recomputes is fused with other operations than when it was first computed."""
+    settings = ("train.compile=true", "train.steps=2", "model.residual_dropout=0.2", f"precision.compute={compute}")
+    seen = []
+    for mode in ("none", "selective"):
+        config = tiny(*settings, f"train.recompute={mode}", f"run={tmp_path / mode}")
+        train(config)
+        seen.append([(r["loss"], r["grad_norm"]) for r in read_metrics(tmp_path / mode) if "loss" in r])
+    assert len(seen[0]) == 2 and seen[0] == seen[1]
+
+
 def test_a_wall_clock_budget_ends_with_the_rate_at_its_floor(tiny):
     """However fast the machine is just now: the last step stands within a few steps' share of the end."""
     config = tiny("train.steps=null", "train.budget=3s", "schedule.floor=0.0", "checkpoint.every=null")
     train(config)
     records = [r for r in read_metrics(Path(config.run)) if "loss" in r]
+    assert all(r["lr"] > 0 for r in records[:3]), "no step is spent before the clock is known"
     assert 0.5 < records[-1]["progress"] <= 1.0
     share = 1 / len(records)
     assert records[-1]["lr"] <= max(r["lr"] for r in records) * max(10 * share, 0.01)
@@ -274,10 +287,10 @@ def test_attention_dropout_survives_a_resume_too(tiny, tmp_path):
     assert losses(parts.run) == losses(whole.run)
 
 
-def test_a_signal_in_the_last_evaluation_stops_it_and_the_next_start_makes_it(tiny, monkeypatch):
+def _train_until_an_evaluation(config, monkeypatch) -> None:
+    """SIGTERM at the beginning of the first evaluation."""
     from shardwright.train import evaluate as module
 
-    config = tiny("evaluate.batch=1")
     original = module.Validation.batches
 
     def interrupted(self, most=None, at_once=1):
@@ -287,8 +300,23 @@ def test_a_signal_in_the_last_evaluation_stops_it_and_the_next_start_makes_it(ti
     with monkeypatch.context() as patch:
         patch.setattr(module.Validation, "batches", interrupted)
         assert train(config).stopped
+
+
+def test_a_signal_in_the_last_evaluation_stops_it_and_the_next_start_makes_it(tiny, monkeypatch):
+    config = tiny("evaluate.batch=1")
+    _train_until_an_evaluation(config, monkeypatch)
     assert not (Path(config.run) / "result.json").exists()
     assert train(config).val_loss is not None
+
+
+def test_an_evaluation_that_a_signal_cut_short_is_made_after_the_resume(tiny, monkeypatch):
+    config = tiny("evaluate.every=2", "evaluate.batch=1")
+    _train_until_an_evaluation(config, monkeypatch)
+    assert [r for r in read_metrics(Path(config.run)) if "val_loss" in r] == []
+    for stop in (3, 4):  # the second start owes nothing
+        _train_until(config, stop)
+    train(config)
+    assert [r["step"] for r in read_metrics(Path(config.run)) if "val_loss" in r] == [2, 4, 6]
 
 
 def test_the_last_evaluation_is_there_once_whatever_was_lost(tiny):
@@ -383,6 +411,43 @@ def test_a_flipped_byte_falls_back_to_the_checkpoint_before(tiny, caplog):
     train(config)
     assert str(file) in caplog.text and "going on from" in caplog.text
     assert losses(config.run) == before
+
+
+@pytest.mark.parametrize("damage", ["truncate", "manifest"])
+def test_a_run_whose_only_checkpoint_is_damaged_does_not_begin_again(tiny, damage):
+    config = tiny("checkpoint.every=null")
+    train(config)
+    (folder,) = (Path(config.run) / "checkpoints").glob("step_*")
+    if damage == "manifest":
+        (folder / "manifest.json").unlink()
+    else:
+        file = next(folder.rglob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:-10])
+    before = (Path(config.run) / "metrics.jsonl").read_bytes()
+    with pytest.raises(RunError, match=rf"{folder}: this run has no whole checkpoint.*start a new run with run=PATH"):
+        train(config)
+    assert (Path(config.run) / "metrics.jsonl").read_bytes() == before and folder.is_dir()
+
+
+def test_an_unfinished_save_alone_begins_again(tiny):
+    config = tiny()
+    (Path(config.run) / "checkpoints" / "unfinished_step_00000002").mkdir(parents=True)
+    assert train(config).step == 6
+
+
+def test_a_second_process_is_kept_out_of_a_run_folder(tiny, tmp_path):
+    config = tiny("train.steps=100000", "checkpoint.every=null")
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    process = _start(path)
+    try:
+        _wait_for(lambda: len(losses(config.run)) >= 2, process)
+        with pytest.raises(RunError, match=f"{config.run}: process {process.pid} trains in it; wait for it or stop it"):
+            train(config)
+    finally:
+        process.kill()
+        process.wait(30)
+    _train_until(config, 1)  # the lock has died with its process
 
 
 def test_a_run_folder_that_cannot_be_made(tiny, tmp_path):

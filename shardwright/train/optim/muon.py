@@ -98,21 +98,24 @@ class Muon(torch.optim.Optimizer):
         for indices, dealing in deal(logicals, _most_stacked(params)):
             batch = [params[i] for i in indices]
             parts = {i: self._direction(group, batch[i], torch.empty_like(batch[i])) for i in dealing.needed}
+            # Updates were rounded to the products' format, so less may travel; a format picked by each rank for
+            # itself could differ.
+            travels = self.matmul_dtype or batch[0].dtype
             wholes = dealing.collect(parts, batch[0].dtype)
-            updates = dealing.scatter(self._orthogonal(wholes), self._matmul_dtype(batch[0]))
+            updates = dealing.scatter(self._orthogonal(wholes, travels), travels)
             for i, p in enumerate(batch):
                 self._descend(group, [p], [updates[i].to(p.dtype)], dealing.logicals[i].shape)
 
-    def _orthogonal(self, wholes: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Orthogonalised matrices in the products' format: they were rounded to it, and less of it travels."""
+    def _orthogonal(self, wholes: dict[int, Tensor], dtype: torch.dtype) -> dict[int, Tensor]:
+        """Matrices by number orthogonalised, in `dtype`."""
         done: dict[int, Tensor] = {}
         keys, matrices = list(wholes), list(wholes.values())
         for indices in batch_by_shape(matrices):
             batch = [matrices[i] for i in indices]
             wanted = torch.stack(batch, out=self._stack(batch))
             self._orthogonalize_(wanted)
-            rounded = wanted.to(self._matmul_dtype(wanted), copy=True)
-            done |= {keys[i]: one for i, one in zip(indices, rounded, strict=True)}
+            copies = wanted.to(dtype, copy=True)
+            done |= {keys[i]: one for i, one in zip(indices, copies, strict=True)}
         return done
 
     def _direction(self, group: dict[str, Any], p: Tensor, out: Tensor) -> Tensor:

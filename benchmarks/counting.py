@@ -1,0 +1,171 @@
+"""What a step sends and what it holds, counted on one rank: bytes of collectives by mesh axis, peak bytes of tensors.
+
+Dispatch modes: they see every operator that runs within them, whoever calls it, and so count this project and its
+peers alike. (Of torch's own, CommDebugMode fails where a module is called twice, and MemTracker is private.) Used by
+tests/parallel/test_communication.py, tests/estimate/test_memory.py and zero.py here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from shardwright.estimate.communication import Amount, Amounts, plus
+
+# By operator, of torch's both libraries of collectives; one that is not here is counted under its own name.
+_NAMES = {
+    "_allgather_base_": "all-gather",
+    "allgather_": "all-gather",
+    "allgather_into_tensor_coalesced_": "all-gather",
+    "all_gather_into_tensor": "all-gather",
+    "all_gather_into_tensor_out": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "reduce_scatter_": "reduce-scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce-scatter",
+    "reduce_scatter_tensor": "reduce-scatter",
+    "allreduce_": "all-reduce",
+    "allreduce_coalesced_": "all-reduce",
+    "all_reduce": "all-reduce",
+    "all_reduce_": "all-reduce",
+    "alltoall_base_": "all-to-all",
+    "all_to_all_single": "all-to-all",
+    "broadcast_": "broadcast",
+    "recv_": "receive",
+}
+_SILENT = {"wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_"}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the collectives of this rank in `amounts`; groups of one rank, which send nothing, are left out.
+
+    axes: names of process groups; a group that has none counts by its own name.
+    """
+
+    def __init__(self, axes: Mapping[str, str]) -> None:
+        super().__init__()
+        self.axes = axes
+        self.amounts: Amounts = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # it takes itself apart, and comes back with plain tensors
+        answer = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet._qualified_op_name.startswith(("_c10d_functional::", "c10d::")) and packet.__name__ not in _SILENT:
+            self._count(packet.__name__, tree_leaves((args, kwargs, answer)))
+        return answer
+
+    def _count(self, operator: str, leaves: list[Any]) -> None:
+        group = _group_of(leaves)
+        if group.size() > 1:
+            size = max(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+            axis = self.axes.get(group.group_name, group.group_name)
+            plus(self.amounts, axis, _NAMES.get(operator, operator), Amount(1, size))
+
+
+def _group_of(leaves: Iterable[Any]) -> dist.ProcessGroup:
+    """The group among an operator's arguments: an object in one library, the last of its texts in the other."""
+    texts = []
+    for leaf in leaves:
+        if isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in str(leaf._type()):
+            return dist.ProcessGroup.unbox(leaf)
+        if isinstance(leaf, str):
+            texts.append(leaf)
+    return dist.distributed_c10d._resolve_process_group(texts[-1])
+
+
+class Memory(TorchDispatchMode):
+    """Live bytes of tensors, by storage: of those that operators make within it, and of those that it is told of.
+
+    What kernels use inside themselves is not in it, nor what gloo copies. `peak` is the most there ever was, and
+    `at_peak` says of what categories: `name` gives storages theirs, also afterwards.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}  # bytes by storage, numbered in the order in which they were seen
+        self._numbers: dict[int, int] = {}  # of storages that live, by address of their object
+        self._events: list[tuple[int, int]] = []  # (number, bytes gained or lost)
+        self._names: dict[int, str] = {}
+
+    def __enter__(self) -> Memory:
+        self._resize = torch.UntypedStorage.resize_
+        tracker = self
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            answer = tracker._resize(storage, size)
+            tracker._see(storage)
+            return answer
+
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *rest: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*rest)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented
+        answer = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(answer):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return answer
+
+    def name(self, category: str, tensors: Iterable[Tensor]) -> None:
+        """Say what the storages of tensors are, and that they are there."""
+        for tensor in tensors:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            self._names[self._see(local.untyped_storage())] = category
+
+    def name_unknown(self, category: str) -> None:
+        """Everything that lives and has no name yet is of this category."""
+        for number in self._numbers.values():
+            self._names.setdefault(number, category)
+
+    def at_peak(self) -> dict[str, int]:
+        """Bytes by category at the peak; what no name was given is `rest`."""
+        sizes: Counter[int] = Counter()
+        live, best = 0, Counter[int]()
+        for number, change in self._events:
+            live += change
+            sizes[number] += change
+            if live == self.peak:
+                best = sizes.copy()
+        found: Counter[str] = Counter()
+        for number, size in best.items():
+            found[self._names.get(number, "rest")] += size
+        return {name: size for name, size in found.items() if size}
+
+    def _see(self, storage: torch.UntypedStorage) -> int:
+        address = storage._cdata
+        if address not in self._numbers:
+            number = self._numbers[address] = len(self._sizes)
+            self._sizes[number] = 0
+            weakref.finalize(storage, self._forget, address)
+        number = self._numbers[address]
+        self._change(number, storage.nbytes() - self._sizes[number])
+        return number
+
+    def _forget(self, address: int) -> None:
+        number = self._numbers.pop(address)
+        self._change(number, -self._sizes[number])
+
+    def _change(self, number: int, change: int) -> None:
+        if change:
+            self._sizes[number] += change
+            self._events.append((number, change))
+            self.live += change
+            self.peak = max(self.peak, self.live)
