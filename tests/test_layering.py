@@ -5,6 +5,7 @@ as text to `importlib.import_module`. The check reads the source and imports not
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from importlib.util import resolve_name
 from pathlib import Path
@@ -188,3 +189,15 @@ def test_a_planted_violation_is_found(tmp_path: Path, file: str, source: str, re
 def test_allowed_imports_pass(tmp_path: Path, file: str, source: str) -> None:
     """Downward, inside a room, inside the foundation, and from the front door."""
     assert plant(tmp_path, file, source) == []
+
+
+LAYOUT_NAMES = re.compile(
+    r"pipeline|fsdp|zero[ _-]?[0-3]|(tensor|context|sequence|data)[ _-]?parallel|dtensor|torch\.distributed|device_?mesh"
+)
+
+
+def test_no_layout_is_named_where_models_are() -> None:
+    """Adding a layout touches `parallel/` and what builds a run from it, never a model."""
+    for path in sorted((PACKAGE / "model").glob("*.py")):
+        found = LAYOUT_NAMES.search(path.read_text("utf-8").lower())
+        assert found is None, f"{path.name}: {found and found[0]}"

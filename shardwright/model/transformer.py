@@ -218,7 +218,7 @@ class PostNormBlock(Block):
 
 
 class LanguageModel(nn.Module):
-    """A decoder with a language-model head. A part of it (a pipeline stage) has the other modules set to None."""
+    """A decoder with a language-model head. A part of it has the other modules set to None."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -234,14 +234,14 @@ class LanguageModel(nn.Module):
         self.head: Head | None = Head(config) if free else None
 
     def layers(self) -> list[tuple[str, nn.Module]]:
-        """The parts in the order of the forward pass, by name; slices of it are pipeline stages."""
+        """The parts in the order of the forward pass, by name; a slice of them is a model that goes on from another."""
         parts: list[tuple[str, nn.Module | None]] = [("embed", self.embed)]
         parts += [(f"blocks.{n}", block) for n, block in self.blocks.items()]
         parts += [("final_norm", self.final_norm), ("head", self.head)]
         return [(name, module) for name, module in parts if module is not None]
 
     def context(self, inputs: Inputs, cache: Cache | None = None) -> Context:
-        """What the blocks share, from inputs alone: every pipeline stage can build it for itself."""
+        """What the blocks share, from inputs alone: every part of a model can build it for itself."""
         ids, past = inputs.input_ids, cache.length if cache else 0
         index = inputs.row_index
         if index is None:
