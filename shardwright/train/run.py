@@ -7,7 +7,6 @@ all ranks share; the loop only walks. State that a restart needs is `Position` a
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -39,17 +38,19 @@ from shardwright.train.build import (
 from shardwright.train.clock import Clock
 from shardwright.train.course import Course
 from shardwright.train.diagnose import first_nonfinite
-from shardwright.train.evaluate import Validation, evaluate, split_text, xz_bits_per_byte
+from shardwright.train.ending import Ending, tell
+from shardwright.train.evaluate import Validation, evaluate
 from shardwright.train.folder import CHECKPOINTS, FolderLock, open_run_folder
 from shardwright.train.guard import DelayedRead
 from shardwright.train.layout import build_facts
-from shardwright.train.metrics import MetricsLog, Utilisation, read_metrics, record_start
+from shardwright.train.metrics import MetricsLog, Utilisation, record_start
 from shardwright.train.position import Position, apply_tensors, checkpoint_tensors
 from shardwright.train.preview import batch_equation
 from shardwright.train.profile import StepProfiler
-from shardwright.train.result import Result, read_result, write_result
+from shardwright.train.result import Result, read_result
 from shardwright.train.signals import Signals
 from shardwright.train.step import Outcome
+from shardwright.train.verdict import Verdict, judge
 from shardwright.train.writing import naming, writing
 
 log = get_logger()
@@ -98,6 +99,7 @@ class Run:
     def __init__(self, config: Config, world: World, ranks: Ranks, corpus: Corpus, signals: Signals) -> None:
         self.config, self.world, self.ranks, self.corpus, self.signals = config, world, ranks, corpus, signals
         self.folder = folder = Path(config.run or "")
+        self.ending = Ending(folder, corpus, world)
         self.position = Position()
         self.stopped = False  # by a signal on any rank, and known to all of them
         self.course = Course(config)
@@ -277,7 +279,7 @@ class Run:
         step = self.position.step
         if step == 0 or not _due(step, self.config.evaluate.every) or self._is_done():
             return False
-        return self.world.any(self.world.leads and self._validation_record() is None)
+        return self.world.any(self.world.leads and self.ending.evaluated(step) is None)
 
     def _check_tied(self) -> None:
         """Embedding and head of a pipeline are two copies of one weight: RunError where they have parted."""
@@ -307,25 +309,13 @@ class Run:
         return self._intervene(outcome)
 
     def _intervene(self, outcome: Outcome) -> bool:
-        assert self.last is not None
-        guard, scaled = self.config.guard, self.step.scaler.enabled
         what = self._describe(outcome)
-        floor = self.config.precision.loss_scale.floor
-        if outcome.overflow and scaled and outcome.loss_scale > floor * (1 + 1e-6):  # the scale is a float32
+        verdict = judge(outcome, self.config, interventions=self.position.interventions, what=what)
+        if verdict is Verdict.NORMAL:
             log.warning("%s; skipped, normal now and then; the loss scale was %g", what, outcome.loss_scale)
             return False
-        if outcome.overflow and scaled:
-            raise RunError(
-                f"{what}, at the smallest loss scale {floor:g}: the model diverges or a layer leaves fp16's range; "
-                "lower optimizer.lr, lengthen the warm-up, or train with precision.compute=bf16"
-            )
-        policy = guard.nonfinite if outcome.overflow else guard.spike
         self.position.interventions += 1
-        if self.position.interventions > guard.most and policy != "stop":
-            raise RunError(f"{what}: the run was set right guard.most={guard.most} times; lower optimizer.lr")
-        if policy == "stop":
-            raise RunError(f"{what}: stopped, as guard.{'nonfinite' if outcome.overflow else 'spike'}=stop asks")
-        if policy == "rollback":
+        if verdict is Verdict.ROLL_BACK:
             self._roll_back(what)
             return True
         log.warning("%s; skipped", what)
@@ -418,57 +408,26 @@ class Run:
 
     def finish(self) -> Result:
         """The last evaluation, unless it was made before, and what to tell the user."""
-        result = None if self.stopped else self._conclude()
+        step, tokens = self.position.step, self.course.tokens(self.position)
+        result = None if self.stopped else self._conclude(step, tokens)
         self.writer.wait()
         if result is None:
-            reason, step = self.signals.received, self.position.step
-            log.info("stopped by %s after step %d, all saved; the same command goes on", reason or "a rank", step)
-            return Result(str(self.folder), step, self.course.tokens(self.position), stopped=True)
-        _tell(result)
+            reason = self.signals.received or "a rank"
+            log.info("stopped by %s after step %d, all saved; the same command goes on", reason, step)
+            return Result(str(self.folder), step, tokens, stopped=True)
+        tell(result)
         return result
 
-    def _conclude(self) -> Result | None:
+    def _conclude(self, step: int, tokens: int) -> Result | None:
         """The result that is there already, or that of a last evaluation; None where that was asked to stop."""
-        step = self.position.step
-        known = self._known_result() if self.world.leads else None
+        known = self.ending.known(step, tokens) if self.world.leads else None
         if self.world.any(known is not None):
-            return known or Result(str(self.folder), step, self.course.tokens(self.position), stopped=False)
-        if not has_validation(self.corpus):
-            return self._result({})
-        figures = self._evaluate(None)
+            return known or Result(str(self.folder), step, tokens, stopped=False)
+        figures = self._evaluate(None) if has_validation(self.corpus) else {}
         if figures is None:
             self.stopped = True
             return None
-        return self._result(figures)
-
-    def _known_result(self) -> Result | None:
-        """What a start before this one concluded; a run killed after its last evaluation has the figures already."""
-        found = read_result(self.folder, self.position.step)
-        if found is not None:
-            return found
-        record = self._validation_record()
-        return None if record is None else self._result(record)
-
-    def _validation_record(self) -> dict[str, Any] | None:
-        """The newest evaluation that was logged at this step."""
-        records = [r for r in read_metrics(self.folder) if r["step"] == self.position.step and "val_loss" in r]
-        return records[-1] if records else None
-
-    def _result(self, figures: Mapping[str, float]) -> Result:
-        measured = figures and self.world.leads
-        text = split_text(self.corpus.manifests, self.corpus.tokenizer) if measured else None
-        result = Result(
-            run=str(self.folder),
-            step=self.position.step,
-            tokens=self.course.tokens(self.position),
-            stopped=False,
-            val_loss=figures.get("val_loss"),
-            val_bits_per_byte=figures.get("val_bits_per_byte"),
-            xz_bits_per_byte=xz_bits_per_byte(text) if text else None,
-        )
-        if self.world.leads:
-            write_result(self.folder, result)
-        return result
+        return self.ending.conclude(step, tokens, figures)
 
     def _is_asked_to_stop(self) -> bool:
         """Whether a signal came to any rank; every rank has to ask."""
@@ -485,11 +444,3 @@ class Run:
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _tell(result: Result) -> None:
-    log.info("done: %s, %d steps, %s tokens", result.run, result.step, f"{result.tokens:,}")
-    if result.xz_bits_per_byte is not None:
-        log.info("xz -9e: %.3f bits per byte", result.xz_bits_per_byte)
-    if result.val_bits_per_byte is not None:
-        log.info("shardwright: %.3f bits per byte on the same validation text", result.val_bits_per_byte)
