@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 TESTS  ?= tests
 PYTEST_FLAGS ?=
+MINUTES ?= 20
 PROMPT ?= The people of the United States
 
 BIN  := $(VENV)/bin
@@ -21,11 +22,12 @@ TEST_EXTRAS := data,hf,deepspeed,accelerate,dev
 BENCHMARKS := step stream kill speedrun
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev train test lint bench bench-gpu bench-peers clean
+.PHONY: help venv dev train test sample lint bench bench-gpu bench-peers clean
 
 help:
 	@echo "make train      make the environment, prepare the bundled English text, train a small GPT, print a sample"
 	@echo "make test       the same environment with the test extras, then the test suite"
+	@echo "make sample     20 minutes of today's cells of the equivalence matrix (MINUTES=5, SEED=... change that)"
 	@echo "make lint       ruff, mypy and the layering test"
 	@echo "make bench      the benchmarks on this machine's processor; results in benchmarks/results/"
 	@echo "make bench-gpu  the benchmarks on the GPU that is here, one report"
@@ -74,6 +76,10 @@ train: $(VENV)/.installed data/english/manifest.json
 
 test: dev
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS) $(TESTS)
+
+sample: dev
+	@EQUIVALENCE_MINUTES=$(MINUTES) $(if $(SEED),EQUIVALENCE_SEED=$(SEED)) \
+	  $(BIN)/python -m pytest -q $(PYTEST_FLAGS) tests/equivalence/test_sample.py
 
 lint: dev
 	@$(BIN)/ruff check .

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shardwright.estimate.communication import Amount, Amounts, plus
+from shardwright.estimate.communication import Amount, plus
 
 # By operator, of torch's both libraries of collectives; one that is not here is counted under its own name.
 _NAMES = {
@@ -45,15 +45,14 @@ _SILENT = {"wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the collectives of this rank in `amounts`; groups of one rank, which send nothing, are left out.
+    """Counts the collectives of this rank by the ranks they run over; groups of one, which send nothing, are left out.
 
-    axes: names of process groups; a group that has none counts by its own name.
+    `amounts`: calls and bytes of whole tensors, by ranks (`0,2`) and collective.
     """
 
-    def __init__(self, axes: Mapping[str, str]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.axes = axes
-        self.amounts: Amounts = {}
+        self.amounts: dict[tuple[str, str], Amount] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(t, DTensor) for t in types):
@@ -68,8 +67,12 @@ class Traffic(TorchDispatchMode):
         group = _group_of(leaves)
         if group.size() > 1:
             size = max(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
-            axis = self.axes.get(group.group_name, group.group_name)
-            plus(self.amounts, axis, _NAMES.get(operator, operator), Amount(1, size))
+            plus(self.amounts, name_of(group), _NAMES.get(operator, operator), 1, size)
+
+
+def name_of(group: dist.ProcessGroup) -> str:
+    """Its ranks, `0,2`."""
+    return ",".join(map(str, dist.get_process_group_ranks(group)))
 
 
 def _group_of(leaves: Iterable[Any]) -> dist.ProcessGroup:

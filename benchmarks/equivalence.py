@@ -16,6 +16,7 @@ import datetime
 import fnmatch
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -40,6 +41,7 @@ PRECISIONS = {"fp32": "float32", "fp16": "fp16, one overflow", "bf16": "bf16"}
 
 def main() -> int:
     """Run what has no figures yet, write the page; 1 where a cell is out of its bound."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the ranks end as well
     options = arguments()
     cells = chosen(options)
     if options.list:

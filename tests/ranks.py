@@ -107,6 +107,7 @@ def answer(rank: int, size: int, port: int, function: str, args: tuple[Any, ...]
     """Run one job; (True, result) or (False, traceback)."""
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     values = (rank, rank, size, size, "127.0.0.1", port)
     os.environ.update({name: str(value) for name, value in zip(VARIABLES, values, strict=True)})
@@ -119,6 +120,8 @@ def answer(rank: int, size: int, port: int, function: str, args: tuple[Any, ...]
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        # DTensor remembers answers by how a mesh looks, with the groups of the mesh it first saw.
+        _clear_sharding_prop_cache()
         for name in VARIABLES:
             os.environ.pop(name, None)
         sys.stdout.flush()

@@ -192,7 +192,8 @@ def test_allowed_imports_pass(tmp_path: Path, file: str, source: str) -> None:
 
 
 LAYOUT_NAMES = re.compile(
-    r"pipeline|fsdp|zero[ _-]?[0-3]|(tensor|context|sequence|data)[ _-]?parallel|dtensor|torch\.distributed|device_?mesh"
+    r"pipeline|fsdp|zero[ _-]?[0-3]|(tensor|context|sequence|data)[ _-]?parallel|dtensor|torch\.distributed|"
+    r"device_?mesh"
 )
 
 

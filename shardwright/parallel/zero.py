@@ -80,11 +80,13 @@ def begin_micro_batch(root: nn.Module, stage: int, *, last: bool) -> None:
 
     Without the flags of the last one, later steps would compute with stale weights.
     """
+    for module in sharded_modules(root):  # one by one: each setter would walk through all modules by itself
+        module.set_requires_gradient_sync(last or STAGES[stage].reduces_each, recurse=False)
+        module.set_requires_all_reduce(last, recurse=False)  # over replicas once a step: sums of shards wait for it
+        # What is the root's own, the next forward pass begins with.
+        reshards = STAGES[stage].reshards and module is not root
+        module.set_reshard_after_backward(last or reshards, recurse=False)
     assert isinstance(root, FSDPModule)
-    root.set_requires_gradient_sync(last or STAGES[stage].reduces_each)
-    root.set_requires_all_reduce(last)  # over replicas once a step: sums of shards wait for it
-    root.set_reshard_after_backward(last or STAGES[stage].reshards)
-    root.set_reshard_after_backward(last, recurse=False)  # the next forward pass begins with what is the root's own
     root.set_is_last_backward(last)
 
 
@@ -188,11 +190,11 @@ class ShardedMasters:
         torch._foreach_mul_([part.grad for part in self.parts.values() if part.grad is not None], factor)
 
 
-def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
     """2-norms of tensors on one device."""
     if tensors[0].device.type == "cpu":
         return [norm_here(tensor) for tensor in tensors]
-    return torch._foreach_norm(tensors)
+    return list(torch._foreach_norm(tensors))
 
 
 def _local_gradient(parameter: nn.Parameter) -> Tensor:

@@ -30,7 +30,7 @@ def as_text(report: Report) -> str:
         lines += _step_lines(report, step)
     lines.append(
         f"bounds: loss {bounds.loss:g}, gradient norm {bounds.grad_norm:g}, gradient {bounds.gradient:g} of its "
-        f"norm, weight {bounds.weight:g} of how far it has moved"
+        f"norm times the step, weight {bounds.weight:g} of how far it has moved"
     )
     lines += _remarks(report)
     excesses = report.excesses()
@@ -91,7 +91,7 @@ def build(report: Report) -> str:
         f"<section><h2>Out of bound</h2>{table([], excesses)}</section>" if excesses else "",
         f"<section><h2>Steps</h2>{table(STEP_HEADS, [_step_row(report, step) for step in report.steps])}</section>",
         f"<section><h2>{shown}</h2>"
-        f"{table(TENSOR_HEADS, [_tensor_row(report, row) for row in tensors[:TENSORS_SHOWN]])}</section>",
+        f"{table(TENSOR_HEADS, [_tensor_row(row) for row in tensors[:TENSORS_SHOWN]])}</section>",
         f"<section><h2>What was run</h2>{table([], about)}</section>",
         _config(report),
         f"<footer>shardwright {__version__}. Differences of losses and norms are relative. Those of a tensor are "
@@ -115,8 +115,8 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     ]
     measures: dict[Kind, str] = {"gradient": "of its norm", "weight": "of how far it has moved"}
     for kind, measure in measures.items():
-        worst = max((step.worst(kind) for step in report.steps), key=lambda figure: figure.relative or 0.0)
-        rows.append((f"Worst {kind}", worst.relative, bounds.of(kind), f"{measure}; {worst.name}"))
+        worst = max((step.worst(kind) for step in report.steps), key=lambda figure: figure.share)
+        rows.append((f"Worst {kind}", worst.relative, worst.bound, f"{measure}; {worst.name}"))
     return [(name, _number(value), f"bound {bound:g} {remark}") for name, value, bound, remark in rows]
 
 
@@ -126,17 +126,17 @@ def _step_row(report: Report, step: StepReport) -> list[str]:
         cells.append(f"{pair.spread:.8g} beside {pair.alone:.8g}: {_marked(pair.difference, bound)}")
     for kind in KINDS:
         worst = step.worst(kind)
-        cells.append(f"{_marked(worst.relative, report.bounds.of(kind))} {worst.name}")
+        cells.append(f"{_marked(worst.relative, worst.bound)} {worst.name}")
     return cells
 
 
-def _tensor_row(report: Report, row: TensorReport) -> list[str]:
+def _tensor_row(row: TensorReport) -> list[str]:
     return [
         row.name,
-        _marked(row.gradient, report.bounds.gradient),
-        _marked(row.weight, report.bounds.weight),
-        _number(row.largest),
-        f"{row.severity:.1%}",
+        _marked(row.gradient.relative, row.gradient.bound),
+        _marked(row.weight.relative, row.weight.bound),
+        _number(row.weight.largest),
+        f"{row.share:.1%}",
     ]
 
 

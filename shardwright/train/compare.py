@@ -19,6 +19,7 @@ KINDS: tuple[Kind, ...] = ("gradient", "weight")
 class Bounds(NamedTuple):
     """The most that a layout may differ, all relative.
 
+    gradient: at step n it may be n times as much, since every update adds to what was rounded before.
     floor: a gradient below this share of the whole gradient is rounding alone (key biases have none: the softmax does
     not see them). It is measured against that share, and what the optimizer makes of it is not judged.
     """
@@ -29,9 +30,9 @@ class Bounds(NamedTuple):
     weight: float
     floor: float
 
-    def of(self, kind: Kind) -> float:
-        """That of a tensor."""
-        return self.gradient if kind == "gradient" else self.weight
+    def of(self, kind: Kind, step: int) -> float:
+        """That of a tensor at a step."""
+        return self.gradient * step if kind == "gradient" else self.weight
 
 
 #: By the layout's number format; one process is in float64 beside fp64, in float32 beside the others. The narrow ones
@@ -63,7 +64,13 @@ class Figure(NamedTuple):
 
     name: str
     relative: float | None
+    bound: float
     largest: float  # difference of an element
+
+    @property
+    def share(self) -> float:
+        """Of the bound; over 1 is out of it."""
+        return 0.0 if self.relative is None else self.relative / self.bound
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class StepReport:
 
     def worst(self, kind: Kind) -> Figure:
         """The tensor that is furthest off."""
-        return max(self.figures(kind), key=lambda figure: figure.relative or 0.0)
+        return max(self.figures(kind), key=lambda figure: figure.share)
 
 
 class Excess(NamedTuple):
@@ -108,10 +115,13 @@ class TensorReport:
     """One tensor over all steps: the worst of each kind."""
 
     name: str
-    gradient: float
-    weight: float | None
-    largest: float  # difference of an element of the weight
-    severity: float  # the largest share of a bound; over 1 is out of it
+    gradient: Figure
+    weight: Figure
+
+    @property
+    def share(self) -> float:
+        """The larger one of a bound."""
+        return max(self.gradient.share, self.weight.share)
 
 
 @dataclass(frozen=True)
@@ -148,24 +158,16 @@ class Report:
                 if not pair.difference <= bound:
                     found.append(Excess(step.step, what, None, pair.difference, bound))
             for kind in KINDS:
-                bound = self.bounds.of(kind)
-                for figure in step.figures(kind):
-                    if figure.relative is not None and not figure.relative <= bound:
-                        found.append(Excess(step.step, kind, figure.name, figure.relative, bound))
+                out = (figure for figure in step.figures(kind) if figure.share > 1)
+                found += [Excess(step.step, kind, f.name, f.relative or 0.0, f.bound) for f in out]
         return found
 
     def tensors(self) -> list[TensorReport]:
         """Every tensor, the worst first."""
-        rows = [self._tensor(place) for place in range(len(self.steps[0].gradients))]
-        return sorted(rows, key=lambda row: -row.severity)
-
-    def _tensor(self, place: int) -> TensorReport:
-        gradients = [step.gradients[place] for step in self.steps]
-        weights = [step.weights[place] for step in self.steps]
-        gradient = max(figure.relative or 0.0 for figure in gradients)
-        weight = max((figure.relative for figure in weights if figure.relative is not None), default=None)
-        severity = max(gradient / self.bounds.gradient, (weight or 0.0) / self.bounds.weight)
-        return TensorReport(gradients[0].name, gradient, weight, max(f.largest for f in weights), severity)
+        columns = (zip(*(step.figures(kind) for step in self.steps), strict=True) for kind in KINDS)
+        worst = ([max(figures, key=lambda figure: figure.share) for figures in column] for column in columns)
+        rows = [TensorReport(gradient.name, gradient, weight) for gradient, weight in zip(*worst, strict=True)]
+        return sorted(rows, key=lambda row: -row.share)
 
     def first(self) -> Excess | None:
         """The first step that is out of bound: there the first tensor, or where none is, the first number."""
@@ -195,7 +197,7 @@ class Report:
             "against": self.against,
             "bounds": self.bounds._asdict(),
             "steps": [_step_dict(step) for step in self.steps],
-            "tensors": [{k: _finite(v) for k, v in vars(row).items()} for row in self.tensors()],
+            "tensors": [_tensor_dict(row) for row in self.tensors()],
             "repeat": self.repeat,
             "retries": self.retries,
             "warnings": list(self.warnings),
@@ -205,20 +207,19 @@ class Report:
         }
 
 
-def judged(
-    kind: Kind, rows: Sequence[tuple[str, float, float, float]], bounds: Bounds, tiny: set[str]
-) -> tuple[Figure, ...]:
-    """Figures from (name, largest element, norm of the difference, what it is measured against).
+Row = tuple[str, float, float, float]  # name, largest element and norm of the difference, what it is measured against
 
-    Takes the names of gradients that are rounding alone into `tiny`; weights of these are not judged.
-    """
-    if kind == "weight":
-        return tuple(
-            Figure(name, None if name in tiny else _over(norm, size), largest) for name, largest, norm, size in rows
-        )
-    floor = bounds.floor * math.sqrt(math.fsum(size**2 for *_, size in rows))
-    tiny |= {name for name, _, _, size in rows if not size > floor}
-    return tuple(Figure(name, _over(norm, max(size, floor)), largest) for name, largest, norm, size in rows)
+
+def judged(kind: Kind, step: int, rows: Sequence[Row], bounds: Bounds, tiny: set[str]) -> tuple[Figure, ...]:
+    """Figures of a step. `tiny` takes in gradients that are rounding alone, by name; their weights are not judged."""
+    floor, bound = 0.0, bounds.of(kind, step)
+    if kind == "gradient":
+        floor = bounds.floor * math.sqrt(sum(size * size for *_, size in rows))
+        tiny |= {name for name, _, _, size in rows if not size > floor}
+    return tuple(
+        Figure(name, None if kind == "weight" and name in tiny else _over(norm, max(size, floor)), bound, largest)
+        for name, largest, norm, size in rows
+    )
 
 
 def _over(norm: float, size: float) -> float:
@@ -227,6 +228,11 @@ def _over(norm: float, size: float) -> float:
         return 0.0
     found = norm / size if size > 0 else math.inf
     return found if math.isfinite(found) else math.inf
+
+
+def _tensor_dict(row: TensorReport) -> dict[str, Any]:
+    numbers = {"gradient": row.gradient.relative, "weight": row.weight.relative, "largest": row.weight.largest}
+    return {"name": row.name, **{k: _finite(v) for k, v in numbers.items()}, "share_of_bound": _finite(row.share)}
 
 
 def _step_dict(step: StepReport) -> dict[str, Any]:

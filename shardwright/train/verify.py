@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
 import math
 import shutil
 import signal
@@ -156,7 +157,7 @@ def logical_names(config: Config) -> list[str]:
 
 
 class Held(NamedTuple):
-    """What this rank has of one weight: `local`, with its `.grad`. `counts`: it is not another rank's copy."""
+    """What this rank has of one weight: `local`, with its `.grad`. `counts`: it is no copy of another stage's."""
 
     logical: Logical
     local: Tensor
@@ -282,7 +283,7 @@ class Trial:
             if self.config.train.deterministic:
                 self.digests[number, kind] = {name: _digest(part.value(kind)) for name, part in held.items()}
             if folder is not None:
-                figures, state = self._compare(folder / kind / step_name(number), held, kind, scale)
+                figures, state = self._compare(folder, held, number, kind, scale)
                 if outcome is None:
                     gradients = figures
                 else:
@@ -294,26 +295,26 @@ class Trial:
         return reports
 
     def _compare(
-        self, checkpoint: Path, held: Mapping[str, Held], kind: Kind, scale: float
+        self, folder: Path, held: Mapping[str, Held], number: int, kind: Kind, scale: float
     ) -> tuple[tuple[Figure, ...], dict[str, Any]]:
         """Figures of every tensor, the same on all ranks, and what one process left beside the tensors."""
         expected = {name: torch.empty_like(part.local) for name, part in held.items()}
         targets = {name: held[name].logical.wrap(local) for name, local in expected.items()}
         with _quiet_loading():
-            state = load(checkpoint, targets, group=self.ranks.group)
+            state = load(folder / kind / step_name(number), targets, group=self.ranks.group)
         largest = torch.zeros(len(self.names), dtype=torch.float64)
-        squares = torch.zeros_like(largest)
+        squares = torch.zeros(2, len(self.names), dtype=torch.float64)  # of the weights, of copies of tied ones
         for i, name in enumerate(self.names):
             if name in held and held[name].local.numel():
                 difference = _difference(held[name].value(kind), expected[name], scale)
                 largest[i] = difference.amax()
-                if held[name].counts:
-                    squares[i] = difference.square().sum() / held[name].logical.copies
+                row = 0 if held[name].counts else 1
+                squares[row, i] = difference.square().sum() / held[name].logical.copies
         self.ranks.union(largest)
-        norms = self.world.sum(squares).sqrt()
+        norms = self.world.sum(squares).amax(0).sqrt()
         sizes = [state["sizes"][name] for name in self.names]
         rows = list(zip(self.names, largest.tolist(), norms.tolist(), sizes, strict=True))
-        return judged(kind, rows, self.bounds, self.tiny), state
+        return judged(kind, number, rows, self.bounds, self.tiny), state
 
 
 def _difference(found: Tensor, expected: Tensor, scale: float) -> Tensor:
@@ -405,7 +406,7 @@ def _quiet_loading() -> Iterator[None]:
     """Without the line that each load writes."""
     log = get_logger()
     level = log.level
-    log.setLevel(max(level, 30))
+    log.setLevel(max(level, logging.WARNING))
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ and by benchmarks/equivalence.py.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -33,11 +34,15 @@ class Verdict(NamedTuple):
     seconds: float
 
 
+RENEWED = 60  # runs after which the pool is started again: torch's caches keep some of the groups of every run
+
+
 class Matrix:
     """Cells, run one after the other in `folder`; `prepared` is the text they train on."""
 
     def __init__(self, pool: Ranks, prepared: Path, folder: Path, patience: float = 600.0) -> None:
         self.pool, self.prepared, self.folder, self.patience = pool, prepared, folder, patience
+        self._runs = 0
 
     def check(self, cell: Cell) -> Verdict:
         """Run the cell, and the one process beside it where no cell before had the same."""
@@ -68,6 +73,9 @@ class Matrix:
         return folder, read_metrics(folder)
 
     def _run(self, cell: Cell, folder: Path, processes: int, overrides: list[str]) -> list[dict[str, Any]]:
+        self._runs += 1
+        if self._runs % RENEWED == 0:
+            self.pool.close()
         raw = config(self.prepared, folder, cell.shape)
         spoil = (SPOILED, processes - 1) if cell.precision == "fp16" else None
         work = "tests.equivalence.matrix:train_quietly"
@@ -82,6 +90,7 @@ def train_quietly(raw: dict[str, Any], overrides: list[str], spoil: tuple[int, i
         return run(raw, overrides) if spoil is None else overflow(raw, overrides, *spoil)
     finally:
         log.setLevel(logging.INFO)
+        gc.collect()  # a run is a ring of objects, which would keep the threads and ports of its groups until one comes
 
 
 def compare(

@@ -238,18 +238,6 @@ def test_recomputation_is_equal_bit_for_bit_with_dropout(tiny, tmp_path, mode, c
     assert losses(again.run) == losses(plain.run)
 
 
-@pytest.mark.parametrize("compute", ["bf16", "fp16"])
-def test_selective_recomputation_rounds_where_none_does(tiny, tmp_path, compute):
-    """What a compiled graph recomputes is fused with other operations than when it was first computed."""
-    settings = ("train.compile=true", "train.steps=2", "model.residual_dropout=0.2", f"precision.compute={compute}")
-    seen = []
-    for mode in ("none", "selective"):
-        config = tiny(*settings, f"train.recompute={mode}", f"run={tmp_path / mode}")
-        train(config)
-        seen.append([(r["loss"], r["grad_norm"]) for r in read_metrics(tmp_path / mode) if "loss" in r])
-    assert len(seen[0]) == 2 and seen[0] == seen[1]
-
-
 def test_a_wall_clock_budget_ends_with_the_rate_at_its_floor(tiny):
     """However fast the machine is just now: the last step stands within a few steps' share of the end."""
     config = tiny("train.steps=null", "train.budget=3s", "schedule.floor=0.0", "checkpoint.every=null")

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from shardwright.config import ConfigError
 from shardwright.launcher.cli import run
 from shardwright.model.cpu_kernels import GeluTanh
+from shardwright.model.position import rotary, rotate
 from shardwright.parallel.mesh import World
 from shardwright.train.build import build_step
 from shardwright.train.compare import BOUNDS, judged
 from shardwright.train.settings import read_config
 from shardwright.train.verify import comparable, verify
-from tests.train.work_verify import SCALED, STALE, check
+from tests.train.work_verify import SCALED, STALE, TIED, check
 
 WORLD = World(device=torch.device("cpu"))
 
@@ -81,6 +82,13 @@ def test_what_a_compiler_is_given_for_gelu_rounds_nothing_either():
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-14)
 
 
+def test_rotation_rounds_nothing_either():
+    x = torch.linspace(-3, 3, 2 * 5 * 3 * 8, dtype=torch.float64).view(2, 5, 3, 8)
+    cos, sin = rotary(torch.arange(5)[None], 8, 10000.0)
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos.double(), sin.double())
+    torch.testing.assert_close(rotate(x, cos, sin), torch.cat([turned.real, turned.imag], -1), rtol=1e-14, atol=1e-15)
+
+
 def _batch(seed):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(97, (2, 25), generator=generator)
@@ -111,7 +119,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_passes_in_float64(name, ranks, raw):
     size, settings = LAYOUTS[name]
-    reports = ranks.run(size, "tests.train.work_verify:check", raw, settings, "fp64")
+    reports = ranks.run(size, "tests.train.work_verify:check", raw, settings, "fp64", timeout=240)
     for report in reports:
         assert report["passed"], report["verdict"]
         assert report["steps"] == reports[0]["steps"] and report["left"] == []
@@ -145,6 +153,7 @@ def test_a_run_by_the_clock_is_compared_as_one_of_steps(raw):
 
 ERRORS = {
     "scaled gradient": (2, ["parallel.zero=1"], "fp32", (1, "gradient", SCALED)),
+    "scaled copy": (2, ["parallel.pipeline=2"], "fp64", (1, "gradient", TIED)),
     "stale weight": (2, ["parallel.zero=2"], "fp32", (2, "weight", STALE)),
     "unsummed norms": (2, ["parallel.tensor=2"], "fp32", (1, "gradient", "blocks.0.attention_norm.weight")),
 }
@@ -189,11 +198,14 @@ def test_what_cannot_run_is_refused(raw):
 def test_what_is_not_finite_is_out_of_bound_and_rounding_is_not_judged():
     bounds, tiny = BOUNDS["fp32"], set()
     rows = [("a", 1e-3, math.inf, 1.0), ("b", 0.0, 0.0, 0.0), ("c", 1e-12, 1e-12, 1e-9), ("d", 1e-3, 1e-3, math.nan)]
-    found = judged("gradient", rows[:3], bounds, tiny)
+    found = judged("gradient", 1, rows[:3], bounds, tiny)
     assert found[0].relative == math.inf and found[1].relative == 0.0
     assert found[2].relative == pytest.approx(1e-12 / bounds.floor) and tiny == {"b", "c"}
-    weights = judged("weight", rows, bounds, tiny)
+    weights = judged("weight", 1, rows, bounds, tiny)
     assert [figure.relative for figure in weights] == [math.inf, None, None, math.inf]
+    assert [figure.share > 1 for figure in weights] == [True, False, False, True]
+    later = judged("gradient", 3, rows[:3], bounds, set())
+    assert later[0].bound == 3 * bounds.gradient
 
 
 def test_blocks_are_compiled_only_where_the_config_says_so(raw):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from shardwright.parallel.zero import ShardedMasters
 from shardwright.train import verify as subject
 from shardwright.train.settings import read_config
 
-SCALED, STALE = "blocks.1.mlp.down.weight", "blocks.0.attention.out.weight"
+SCALED, STALE, TIED = "blocks.1.mlp.down.weight", "blocks.0.attention.out.weight", "embed.tokens.weight"
 
 
 def check(
@@ -78,12 +79,12 @@ def _after(method: str, change: Callable[[ShardedMasters, int], None]) -> Iterat
         setattr(ShardedMasters, method, original)
 
 
-def scaled_gradient() -> Any:
+def scaled_gradient(name: str = SCALED) -> Any:
     """The last rank's part of a gradient is 1 % too large."""
 
     def change(masters: ShardedMasters, call: int) -> None:
         if dist.get_rank() == dist.get_world_size() - 1:
-            masters.parts[SCALED].grad.mul_(1.01)
+            masters.parts[name].grad.mul_(1.01)
 
     return _after("collect", change)
 
@@ -132,6 +133,7 @@ def unsummed_norms() -> Iterator[None]:
 
 PLANTS: dict[str, Callable[[], Any]] = {
     "scaled gradient": scaled_gradient,
+    "scaled copy": partial(scaled_gradient, TIED),
     "stale weight": stale_weight,
     "unsteady gradient": unsteady_gradient,
     "unsummed norms": unsummed_norms,

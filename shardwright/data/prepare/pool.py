@@ -29,10 +29,14 @@ def build_pool(workers: int) -> Iterator[Pool]:
     if workers == 1:
         yield lambda function, tasks: (function(*task) for task in tasks)
         return
+    before = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     try:
         yield lambda function, tasks: _in_order(executor, 2 * workers + 2, function, tasks)
     except (BrokenProcessPool, BrokenPipeError):
+        # Of a pool that broke while it started the executor forgets the others, and the exit would wait for them.
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
         raise RunError(
             "a worker process of prepare died; is memory short (use fewer workers=), or does the calling script lack "
             "`if __name__ == '__main__':`? Run again to go on where it stopped"
