@@ -7,6 +7,7 @@ the next job starts again. Ask for the fixture `ranks`.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing as mp
 import os
@@ -122,6 +123,7 @@ def answer(rank: int, size: int, port: int, function: str, args: tuple[Any, ...]
             dist.destroy_process_group()
         # DTensor remembers answers by how a mesh looks, with the groups of the mesh it first saw.
         _clear_sharding_prop_cache()
+        gc.collect()  # a run is a ring of objects: until then its groups live on, whose threads wake 100 times a second
         for name in VARIABLES:
             os.environ.pop(name, None)
         sys.stdout.flush()

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from shardwright.config import ConfigError, ParallelConfig, parse_duration
 
@@ -137,6 +138,9 @@ def join_world(device: str, threads: int | None, parallel: ParallelConfig) -> It
     finally:
         if world.size > 1 and not before and dist.is_initialized():
             dist.destroy_process_group()
+            # Answers are remembered by how a mesh looks, with the mesh that it was first; the next run of this process
+            # would communicate through groups of this one.
+            _clear_sharding_prop_cache()
 
 
 def mesh_shape(parallel: ParallelConfig, size: int) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ and by benchmarks/equivalence.py.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import logging
@@ -90,7 +89,6 @@ def train_quietly(raw: dict[str, Any], overrides: list[str], spoil: tuple[int, i
         return run(raw, overrides) if spoil is None else overflow(raw, overrides, *spoil)
     finally:
         log.setLevel(logging.INFO)
-        gc.collect()  # a run is a ring of objects, which would keep the threads and ports of its groups until one comes
 
 
 def compare(

@@ -46,11 +46,10 @@ def rounded(prepared, tmp_path_factory):
     return folder, run(config(prepared, folder), ["precision.compute=bf16"])
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["zero3", "tensor2", "pipeline2"])
 def test_bf16_stays_within_its_bound(name, rounded, ranks, prepared, tmp_path):
     size, settings = LAYOUTS[name]
     raw = config(prepared, tmp_path / "run")
     records = ranks.run(size, "tests.equivalence.work:run", raw, ["precision.compute=bf16", *settings])[0]
     found = disagreement(tmp_path / "run", records, *rounded)
-    print(name, found)
     assert all(found[k] < bound for k, bound in BOUNDS["bf16"].items()), found

@@ -26,7 +26,9 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "context": (2, "parallel.context=2", {}),
     "context, recomputed": (2, "parallel.context=2 train.recompute=full", {"family": "llama", "kv_heads": 2}),
     "pipeline": (2, "parallel.pipeline=2", {}),
-    "pipeline, free head, bf16": (2, "parallel.pipeline=2 parallel.schedule=gpipe precision.compute=bf16", {"tied": False}),
+    "pipeline, free head, bf16": (
+        2, "parallel.pipeline=2 parallel.schedule=gpipe precision.compute=bf16", {"tied": False},
+    ),
     "pipeline, interleaved": (2, "parallel.pipeline=2 parallel.schedule=interleaved_1f1b", {"layers": 4}),
     "pipeline, zbv": (2, "parallel.pipeline=2 parallel.schedule=zbv", {}),
     "data x tensor": (4, "parallel.tensor=2 parallel.data=2", {}),

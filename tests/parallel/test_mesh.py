@@ -5,6 +5,7 @@ import torch
 
 from shardwright.config import ConfigError, ParallelConfig
 from shardwright.parallel.mesh import build_world, choose_device, mesh_shape
+from tests.ranks import free_port
 
 
 def test_one_process_is_the_degenerate_world():
@@ -37,3 +38,8 @@ def test_a_missing_gpu_is_said():
     assert choose_device("auto") == torch.device("cpu")
     with pytest.raises(ConfigError, match="train.device=cuda"):
         choose_device("cuda")
+
+
+def test_a_second_run_in_one_process_uses_its_own_groups(ranks):
+    ports = [free_port(), free_port()]
+    assert ranks.run(2, "tests.parallel.work_mesh:two_worlds", ports) == [[True, True]] * 2
