@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "shardwright", "configs")
 
-OUTSIDE = {"shardwright", "tests", "apex"}  # ourselves, and NVIDIA's apex, which is on no index
+OUTSIDE = {"benchmarks", "shardwright", "tests", "apex"}  # ourselves, and NVIDIA's apex, which is on no index
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:

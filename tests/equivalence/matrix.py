@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
     seconds: float
 
 
-RENEWED = 60  # runs after which the pool is started again: torch's caches keep some of the groups of every run
+RENEWED = 40  # runs after which the pool is started again: torch's caches keep some of the groups of every run
 
 
 class Matrix:
