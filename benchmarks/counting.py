@@ -41,6 +41,12 @@ _NAMES = {
     "broadcast_": "broadcast",
     "recv_": "receive",
 }
+# What the first tensors that an operator is given are, where it is one of FSDP's.
+_CATEGORIES = {
+    "_reduce_scatter_base_": ("gradients", "buffers"),
+    "_allgather_base_": ("buffers", "buffers"),
+    "allreduce_": ("gradients",),
+}
 _SILENT = {"wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_"}
 
 
@@ -107,7 +113,7 @@ class Memory(TorchDispatchMode):
 
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
             answer = tracker._resize(storage, size)
-            tracker._see(storage)
+            tracker._names[tracker._see(storage)] = "gathered"  # FSDP's way to take memory and to give it back
             return answer
 
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
@@ -122,16 +128,21 @@ class Memory(TorchDispatchMode):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented
         answer = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(answer):
-            if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
+        if func.namespace == "c10d":
+            for leaf, category in zip(args, _CATEGORIES.get(func.overloadpacket.__name__, ()), strict=False):
+                self.name(category, tree_leaves(leaf), weak=True)
+        if not func.is_view:  # a view of what was not seen is of something that a backend made for itself
+            for leaf in tree_leaves(answer):
+                if isinstance(leaf, Tensor):
+                    self._see(leaf.untyped_storage())
         return answer
 
-    def name(self, category: str, tensors: Iterable[Tensor]) -> None:
-        """Say what the storages of tensors are, and that they are there."""
+    def name(self, category: str, tensors: Iterable[Tensor], *, weak: bool = False) -> None:
+        """Say what the storages of tensors are, and that they are there; a `weak` name replaces none."""
         for tensor in tensors:
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            self._names[self._see(local.untyped_storage())] = category
+            number = self._see(local.untyped_storage())
+            self._names[number] = self._names.get(number, category) if weak else category
 
     def name_unknown(self, category: str) -> None:
         """Everything that lives and has no name yet is of this category."""

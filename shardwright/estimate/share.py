@@ -81,6 +81,8 @@ class Work:
     micro_batches: int = 1
     value_bytes: int = 4
     recompute: str | int = "none"
+    compiled: bool = False
+    offloaded: bool = False  # what the backward pass needs lies in host memory
 
     @property
     def master_bytes(self) -> int:

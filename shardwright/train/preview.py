@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 
 from shardwright.config import Config, to_yaml
 from shardwright.estimate.memory import step_memory
+from shardwright.estimate.share import Layout, Place, Work
 from shardwright.log import quantity
 from shardwright.model.count import num_flops, num_parameters
 from shardwright.parallel.mesh import choose_device, world_size
@@ -14,7 +16,7 @@ from shardwright.parallel.refusals import Facts, check_layout, describe, layout_
 from shardwright.parallel.stages import stage_indices
 from shardwright.train.build import build_corpus, check_length, fit_to_corpus
 from shardwright.train.course import Course
-from shardwright.train.layout import build_facts, cut_layers, num_virtual
+from shardwright.train.layout import build_facts, cut_layers, num_virtual, wants_compile
 
 
 def batch_equation(config: Config, data_size: int = 1) -> str:
@@ -42,21 +44,43 @@ def preview(config: Config, *, as_json: bool = False) -> str:
     model, length = config.model, config.data.sequence_length
     parameters = num_parameters(model)  # type: ignore[arg-type]
     flops = num_flops(model, length)  # type: ignore[arg-type]
-    memory = step_memory(
-        model,  # type: ignore[arg-type]
-        length=length,
-        micro_batch=config.batch.micro,
-        value_bytes=FORMATS[config.precision.compute].itemsize,
-        optimizer=config.optimizer.name,
-        recompute=config.train.recompute,
-    )
+    memory = rank_memory(config, facts)
     if as_json:
         sizes = {"parameters": parameters, "flops_per_token": flops.model, "memory_bytes": memory}
         layout = {"world": facts.world, "stages": stage_layers(config, facts), "warnings": layout_warnings(facts)}
         batch = batch_equation(config, facts.data)
         return json.dumps({"config": config.model_dump(mode="json"), "batch": batch, "layout": layout, **sizes})
     lines = [to_yaml(config), batch_equation(config, facts.data), *_layout(config, facts), _length(config, course)]
-    return "\n".join([*lines, *_sizes(parameters, flops.model, memory), f"device: {device}"])
+    return "\n".join([*lines, *_sizes(parameters, flops.model, memory, facts.world), f"device: {device}"])
+
+
+def rank_memory(config: Config, facts: Facts) -> dict[str, int]:
+    """Estimated bytes by category of the rank that needs most."""
+    model, parallel = config.model, config.parallel
+    work = Work(
+        length=config.data.sequence_length,
+        micro_batch=config.batch.micro,
+        micro_batches=math.ceil(config.global_batch() / (facts.data * config.batch.micro)),
+        value_bytes=FORMATS[config.precision.compute].itemsize,
+        recompute=config.train.recompute,
+        compiled=wants_compile(config),
+        offloaded=config.train.offload_activations,
+    )
+    layout = Layout.of(parallel, facts.world, facts.stages) if facts.world > 1 else None
+    stages = stage_layers(config, facts)
+    ranks = [
+        step_memory(
+            model,  # type: ignore[arg-type]
+            work,
+            optimizer=config.optimizer.name,
+            layout=layout,
+            place=Place(pipeline=index),
+            stages=stages if facts.pipeline > 1 else None,
+            offload=parallel.offload,
+        )
+        for index in range(facts.pipeline)
+    ]
+    return max(ranks, key=lambda memory: memory["total"])
 
 
 def planned_world(config: Config) -> int:
@@ -92,11 +116,12 @@ def _length(config: Config, course: Course) -> str:
     return f"length: {course.steps:,} steps, {course.ramp.drawn_after(course.steps) * course.length:,} tokens"
 
 
-def _sizes(parameters: dict[str, int], flops: float, memory: dict[str, int]) -> list[str]:
+def _sizes(parameters: dict[str, int], flops: float, memory: dict[str, int], world: int) -> list[str]:
     parts = ", ".join(f"{name} {count:,}" for name, count in parameters.items() if name != "total" and count)
     rooms = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.items() if name != "total" and size)
+    whose = " of the fullest rank" if world > 1 else ""
     return [
         f"parameters: {parameters['total']:,} ({parts})",
         f"FLOPs a token: {quantity(flops)} forward and backward, causal attention counted, recomputation not",
-        f"estimated memory: {memory['total'] / 2**20:,.0f} MiB ({rooms})",
+        f"estimated memory{whose}: {memory['total'] / 2**20:,.0f} MiB ({rooms})",
     ]
