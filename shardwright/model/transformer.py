@@ -189,9 +189,7 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, context: Context, layer_key: Tensor | None, cache: LayerCache | None) -> Tensor:
         """What attention adds to the residual stream."""
-        y = self.attention(
-            x, mask=context.mask, causal=context.causal, cos=context.cos, sin=context.sin, cache=cache
-        )
+        y = self.attention(x, mask=context.mask, causal=context.causal, cos=context.cos, sin=context.sin, cache=cache)
         return self.attention_dropout(y, context.token_keys, layer_key)
 
     def feed(self, x: Tensor, context: Context, layer_key: Tensor | None) -> Tensor:
@@ -319,9 +317,7 @@ class Head(nn.Module):
 
 
 def _build_norm(config: TransformerConfig) -> nn.Module:
-    return build_norm(
-        config.norm, config.width, eps=config.norm_eps, weight=config.norm_weight, bias=config.norm_bias
-    )
+    return build_norm(config.norm, config.width, eps=config.norm_eps, weight=config.norm_weight, bias=config.norm_bias)
 
 
 def _build_mask(inputs: Inputs, past: int) -> tuple[Tensor | None, bool]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, schedules
 
+from shardwright.parallel.precision import master_format
 from shardwright.parallel.stages import SCHEDULES, check_micro_batches, check_virtual
 
 Batch = Mapping[str, Tensor]
@@ -66,14 +67,14 @@ class Pipeline:
     ) -> None:
         """`modules` by stage index; `activation`: shape [B, T] of a rank's input ids -> [B, T', D] between stages.
 
-        `dtype` is that of activations, `terms` the number of loss terms. ValueError for a schedule that cannot have
-        so many stages a rank.
+        `dtype` is that of activations, `terms` the number of loss terms, which are in its master format. ValueError for
+        a schedule that cannot have so many stages a rank.
         """
         if reason := check_virtual(schedule, len(modules)):
             raise ValueError(reason)
         self.modules = dict(sorted(modules.items()))
         self.schedule, self.group, self.device, self.dtype = schedule, group, device, dtype
-        self.activation, self.terms = activation, terms
+        self.activation, self.terms, self.wide = activation, terms, master_format(dtype)
         self.size = dist.get_world_size(group)
         self.num_stages = self.size * len(modules)
         self._schedules: dict[_Key, Any] = {}
@@ -92,7 +93,7 @@ class Pipeline:
         """Forward and backward of all micro-batches of a step; gradients add up in the modules.
 
         Every rank of the pipeline gives the same batches, all of one shape. Returns the sum of all outputs of the last
-        stage, 0-dim float32 without a gradient; 0 on ranks that do not have it. ValueError where the schedule cannot
+        stage, 0-dim without a gradient; 0 on ranks that do not have it. ValueError where the schedule cannot
         run so many micro-batches, before anything is sent.
         """
         if reason := check_micro_batches(self.schedule, self.size, len(self.modules), len(batches)):
@@ -103,16 +104,16 @@ class Pipeline:
         target = torch.zeros(len(batches))
         schedule.step(*self._inputs(batches), target=target, losses=losses, return_outputs=False, **_joined(batches))
         if not self.is_last:
-            return torch.zeros((), device=self.device)
+            return torch.zeros((), dtype=self.wide, device=self.device)
         return torch.stack([loss.detach() for loss in losses]).sum()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """Forward passes alone, any number of them: the last stage's outputs added up, [terms] float32; 0 elsewhere."""
+        """Forward passes alone, any number of them: the last stage's outputs added up, [terms]; 0 elsewhere."""
         schedule = self._schedule(_Key(_shape(batches), len(batches), training=False))
         outputs = schedule.step(*self._inputs(batches), **_joined(batches))
         if not self.is_last:
-            return torch.zeros(self.terms, device=self.device)
+            return torch.zeros(self.terms, dtype=self.wide, device=self.device)
         return outputs.view(len(batches), self.terms).sum(0)
 
     def _inputs(self, batches: Sequence[Batch]) -> tuple[Tensor, ...]:
@@ -141,7 +142,7 @@ class Pipeline:
             tuple(self.activation(key.ids)), dtype=self.dtype, device="meta", requires_grad=key.training
         )
         first = torch.empty(key.ids, dtype=torch.int64, device="meta")
-        loss = torch.empty(self.terms, dtype=torch.float32, device="meta", requires_grad=key.training)
+        loss = torch.empty(self.terms, dtype=self.wide, device="meta", requires_grad=key.training)
         return _Stage(
             self.modules[index],
             index,

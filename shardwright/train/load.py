@@ -46,7 +46,7 @@ def load(path: str | Path, *, device: str = "auto") -> Loaded:
     tokenizer = _load_tokenizer(folder, config)
     model = build_model(config.model)  # type: ignore[arg-type]
     weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    load_checkpoint(checkpoint, weights, within="model.")
+    load_checkpoint(checkpoint, weights, within="model.", cast=True)  # the masters of an fp64 run are float64
     return Loaded(model.to(choose_device(device)).eval(), tokenizer, config, checkpoint)
 
 

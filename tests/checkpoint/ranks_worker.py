@@ -219,8 +219,7 @@ def on_four(rank: int, folder: Path) -> None:
     assert set(counts.values()) == {1}, counts
     others = {"hybrid": [Shard(1), Shard(0)], "both": [Replicate(), Shard(0)], "all": [Shard(0), Shard(0)]}
     fresh = {
-        name: distribute_tensor(torch.zeros(6, 7), mesh, others.get(name, [Shard(1), Replicate()]))
-        for name in full
+        name: distribute_tensor(torch.zeros(6, 7), mesh, others.get(name, [Shard(1), Replicate()])) for name in full
     }
     fresh["plain"] = torch.zeros(3)
     load(path, fresh)

@@ -73,7 +73,7 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor", "lamb", "muon"])
 def test_a_step_reads_nothing_on_the_host(compute, optimizer):
     settings = ("guard.spike=skip", f"precision.compute={compute}", f"optimizer.name={optimizer}")
     step = build_step(_config(*settings, "model.residual_dropout=0.1"), WORLD)
