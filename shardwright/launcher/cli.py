@@ -23,6 +23,7 @@ import typer
 from shardwright import __version__
 from shardwright.config import ConfigError, RunError, apply_override
 from shardwright.launcher.early import leaving_at_once
+from shardwright.launcher.world import enter_world
 from shardwright.log import get_logger
 
 STOPPED = 75
@@ -103,6 +104,7 @@ def train(
 
         print(preview(resolved, as_json=as_json))
         return
+    enter_world()
     from shardwright.train.run import train as run
 
     if as_json:
@@ -178,6 +180,7 @@ def verify(
 
     if as_json:
         get_logger().setLevel(logging.WARNING)
+    enter_world()
     report = run(read_config(config, overrides or ()), steps=steps, number_format=number_format, tell=tell)
     raise typer.Exit(0 if report.passed else 1)
 
