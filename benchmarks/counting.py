@@ -43,6 +43,7 @@ _NAMES = {
 }
 # What the first tensors that an operator is given are, where it is one of FSDP's.
 _CATEGORIES = {
+    "chunk_cat": ("gradients",),
     "_reduce_scatter_base_": ("gradients", "buffers"),
     "_allgather_base_": ("buffers", "buffers"),
     "allreduce_": ("gradients",),
@@ -96,12 +97,15 @@ class Memory(TorchDispatchMode):
     """Live bytes of tensors, by storage: of those that operators make within it, and of those that it is told of.
 
     What kernels use inside themselves is not in it, nor what gloo copies. `peak` is the most there ever was, and
-    `at_peak` says of what categories: `name` gives storages theirs, also afterwards.
+    `at_peak` says of what categories: `name` gives storages theirs, also afterwards; one without a name is of the
+    category that was `making` when it was first seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
+        self.making = "rest"
+        self._made: dict[int, str] = {}
         self._sizes: dict[int, int] = {}  # bytes by storage, numbered in the order in which they were seen
         self._numbers: dict[int, int] = {}  # of storages that live, by address of their object
         self._events: list[tuple[int, int]] = []  # (number, bytes gained or lost)
@@ -128,9 +132,11 @@ class Memory(TorchDispatchMode):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented
         answer = func(*args, **(kwargs or {}))
-        if func.namespace == "c10d":
+        if func.namespace in ("c10d", "fsdp"):
             for leaf, category in zip(args, _CATEGORIES.get(func.overloadpacket.__name__, ()), strict=False):
                 self.name(category, tree_leaves(leaf), weak=True)
+            if func.namespace == "fsdp":
+                self.name("buffers", tree_leaves((kwargs or {}).get("out", ())), weak=True)
         if not func.is_view:  # a view of what was not seen is of something that a backend made for itself
             for leaf in tree_leaves(answer):
                 if isinstance(leaf, Tensor):
@@ -150,7 +156,7 @@ class Memory(TorchDispatchMode):
             self._names.setdefault(number, category)
 
     def at_peak(self) -> dict[str, int]:
-        """Bytes by category at the peak; what no name was given is `rest`."""
+        """Bytes by category at the peak."""
         sizes: Counter[int] = Counter()
         live, best = 0, Counter[int]()
         for number, change in self._events:
@@ -160,14 +166,14 @@ class Memory(TorchDispatchMode):
                 best = sizes.copy()
         found: Counter[str] = Counter()
         for number, size in best.items():
-            found[self._names.get(number, "rest")] += size
+            found[self._names.get(number, self._made[number])] += size
         return {name: size for name, size in found.items() if size}
 
     def _see(self, storage: torch.UntypedStorage) -> int:
         address = storage._cdata
         if address not in self._numbers:
             number = self._numbers[address] = len(self._sizes)
-            self._sizes[number] = 0
+            self._sizes[number], self._made[number] = 0, self.making
             weakref.finalize(storage, self._forget, address)
         number = self._numbers[address]
         self._change(number, storage.nbytes() - self._sizes[number])

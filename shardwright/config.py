@@ -227,6 +227,7 @@ class ParallelConfig(Strict):
     tensor: int = free(1, "Ranks that share each matrix", ge=1)
     sequence: bool = free(True, "Tensor ranks keep a slice of the sequence between matrices")
     context: int = free(1, "Ranks that share each sequence", ge=1)
+    ring: bool = free(False, "torch's ring attention in place of gathering keys; GPUs, no document masks")
     pipeline: int = free(1, "Ranks that share the layers", ge=1)
     schedule: Schedule = free("1f1b", "Order of forward and backward passes in the pipeline")
     stages: int | None = free(None, "Pipeline stages of a rank; null is 2 where the schedule interleaves, else 1", ge=1)

@@ -202,3 +202,37 @@ def test_no_layout_is_named_where_models_are() -> None:
     for path in sorted((PACKAGE / "model").glob("*.py")):
         found = LAYOUT_NAMES.search(path.read_text("utf-8").lower())
         assert found is None, f"{path.name}: {found and found[0]}"
+
+
+# Where the degrees of a layout may be told apart; what else trains asks `World` for copies, and knows the data axis.
+LAYOUT_ROOMS = ("parallel", "estimate", "planner", "launcher")
+LAYOUT_FILES = {"train/layout.py", "train/preview.py", "config.py"}
+QUESTIONS = ("degree", "index")
+DEGREES = {"replicate", "shard", "context", "tensor", "pipeline"}
+
+
+def layout_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, axis) of each question after one axis: `world.degree("tensor")`, `config.parallel.tensor`."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call | ast.Attribute):
+            continue
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in QUESTIONS:
+            names = [a.value for a in node.args if isinstance(a, ast.Constant)]
+        elif isinstance(node, ast.Attribute) and getattr(node.value, "attr", "") == "parallel":
+            names = [node.attr]
+        else:
+            names = []
+        yield from ((node.lineno, name) for name in names if name in DEGREES)
+
+
+def test_a_layout_is_known_where_it_is_built_and_nowhere_else() -> None:
+    """Adding an axis touches parallel/ and train/layout.py, with the formulas and pages that describe it."""
+    found = [
+        f"{path.relative_to(PACKAGE)}:{line}: {name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if room_of(path, PACKAGE) not in LAYOUT_ROOMS and str(path.relative_to(PACKAGE)) not in LAYOUT_FILES
+        for line, name in layout_names(ast.parse(path.read_text("utf-8")))
+    ]
+    assert not found, "ask World for what the axis means instead: " + "; ".join(found)
+    planted = ast.parse('x / world.degree("tensor") + config.parallel.pipeline')
+    assert sorted(name for _, name in layout_names(planted)) == ["pipeline", "tensor"]

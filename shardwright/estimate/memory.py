@@ -106,9 +106,10 @@ def _spread(
     kept, fewer, whole = _activations(model, layout, work, len(blocks), inside)
     chunk, head = _logits(own, work, tokens)
     following = value * block * lets_go  # gathered ahead
-    yield Moment(held + following, summed, 0, kept, chunk)
-    yield Moment(held + following, summed, 0, kept, 2 * head)
-    yield Moment(held + 2 * following, summed, 0, fewer + whole + _gradients(model, layout, work), head)
+    sent = wide * root * (each and earlier)  # FSDP keeps what it reduced last until it reduces again
+    yield Moment(held + following, summed, sent, kept, chunk)
+    yield Moment(held + following, summed, sent, kept, 2 * head)
+    yield Moment(held + 2 * following, summed, sent, fewer + whole + _gradients(model, layout, work), head)
     if each:
         left = held if earlier and not lets_go else value * (root + block)  # the last backward pass lets go of all
         yield Moment(held + 2 * following, summed, _reducing(block, ranks, value, wide), fewer, head)

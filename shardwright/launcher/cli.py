@@ -93,6 +93,8 @@ def train(
     config: Annotated[str, typer.Argument(help="Config file, or the name of a shipped config")],
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config, batch, size and memory, and stop")] = False,
+    debugging: Annotated[bool, typer.Option("--debug", help="20 steps in one process, pdb where it fails")] = False,
+    small: Annotated[bool, typer.Option("--small", help="With --debug: fewer layers, a small batch")] = False,
     as_json: Json = False,
 ) -> None:
     """Train a model; run it again to continue where it stopped."""
@@ -104,12 +106,19 @@ def train(
 
         print(preview(resolved, as_json=as_json))
         return
+    if small and not debugging:
+        raise ConfigError("--small: goes with --debug")
     enter_world()
-    from shardwright.train.run import train as run
-
     if as_json:
         get_logger().setLevel(logging.WARNING)
-    result = run(resolved)
+    if debugging:
+        from shardwright.train.debug import debug
+
+        result = debug(resolved, small=small)
+    else:
+        from shardwright.train.run import train as run
+
+        result = run(resolved)
     if as_json:
         print(json.dumps(result.as_dict()))
     if result.stopped:
@@ -238,7 +247,7 @@ def run(arguments: Sequence[str]) -> int:
     if not given:
         app(["--help"], standalone_mode=False)
         return 2
-    with leaving_at_once() if given[0] == "train" else nullcontext():
+    with leaving_at_once() if given[0] in ("train", "verify") else nullcontext():
         return guarded(lambda: app(given, standalone_mode=False), show_traceback=len(given) < len(arguments))
 
 

@@ -16,23 +16,51 @@ from types import FrameType
 _CAUGHT = (signal.SIGTERM, signal.SIGINT)
 
 
+_leaving = threading.Lock()
+
+
 @contextmanager
 def leaving_at_once() -> Iterator[None]:
-    """Within, a signal ends the process with a line and exit code 128 + its number: 130 for Ctrl-C, 143 for SIGTERM."""
+    """Within, a signal ends the process with a line and exit code 128 + its number: 130 for Ctrl-C, 143 for SIGTERM.
+
+    Also where the main thread waits inside of C, for the other ranks for example: Python's own handlers would have to
+    wait for it, so a thread is woken by the signal.
+    """
     if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
         yield
         return
     before = {number: signal.signal(number, _leave) for number in _CAUGHT}
+    come, wake = os.pipe()
+    os.set_blocking(wake, False)
+    woken = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(come,), name="signals", daemon=True).start()
     try:
         yield
     finally:
+        signal.set_wakeup_fd(woken)
+        os.close(wake)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+def _watch(come: int) -> None:
+    """Read the numbers of signals until the other end closes."""
+    while number := os.read(come, 1):
+        if signal.getsignal(number[0]) is _leave:  # training has handlers of its own
+            _leave(number[0], None)
+    os.close(come)
+
+
 def _leave(number: int, _frame: FrameType | None) -> None:
+    if not _leaving.acquire(blocking=False):
+        return  # the other thread is at it
     if os.environ.get("RANK", "0") == "0":
-        name = signal.Signals(number).name
-        print(f"shardwright: interrupted by {name} while no step was under way; nothing to save", file=sys.stderr)
+        print(f"shardwright: {_words(signal.Signals(number).name)}", file=sys.stderr)
         sys.stderr.flush()
     os._exit(128 + number)  # an exception could be caught by whatever is being imported
+
+
+def _words(name: str) -> str:
+    if name == "SIGTERM" and os.environ.get("WORLD_SIZE", "1") != "1":
+        return "ended by SIGTERM before the first step; if another rank is gone, the launcher's report names it"
+    return f"interrupted by {name} while no step was under way; nothing to save"

@@ -6,33 +6,35 @@ are gathered over the axis, in one collective a block (Llama 3, Grattafiori et a
 gradients reduce-scattered in the backward pass. The mask comes from the model, which is told where queries and keys
 stand (`row_index`, `key_index`), so packed documents, grouped heads and any kind of positions work, on any device.
 
-torch's ring attention is not offered: its documented door (`tensor.experimental.context_parallel`, a prototype)
-replaces SDPA for the whole process and has to stay open around the backward pass too, takes no mask, and runs on
-GPU kernels alone. Shapes: B batch, T tokens of a row, S keys (= T), H heads, K key heads, d head width.
+ring.py is the other way, for GPUs and rows without document masks: torch's ring attention, over the same rows.
+Shapes: B batch, T tokens of a row, S keys (= T), H heads, K key heads, d head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from shardwright.config import ConfigError
+from shardwright.parallel.collectives import gather
 
 
 class ContextRows:
-    """Which tokens of every row belong to rank `index` of `size`; ConfigError where `length` cannot be cut."""
+    """Which tokens of every row belong to rank `index` of `size`; ConfigError where `length` cannot be cut.
 
-    def __init__(self, size: int, index: int, length: int) -> None:
+    `keys`: whether attention is to know where keys stand, for a mask of its own.
+    """
+
+    def __init__(self, size: int, index: int, length: int, *, keys: bool = True) -> None:
         if not fits_context(length, size):
             raise ConfigError(
                 f"data.sequence_length={length}: parallel.context={size} cuts a sequence into {2 * size} equal chunks; "
                 f"nearest that can be cut: data.sequence_length={nearest_length(length, size)}"
             )
-        self.size, self.index, self.length = size, index, length
+        self.size, self.index, self.length, self.keys = size, index, length, keys
         edges = [number * length // (2 * size) for number in range(2 * size + 1)]
         self.spans = [(edges[chunk], edges[chunk + 1]) for chunk in own_chunks(size, index)]
         self.rows = torch.cat([torch.arange(*span) for span in self.spans])
@@ -42,11 +44,14 @@ class ContextRows:
     def slice(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Own rows of a batch of whole sequences ([B, T] each; [B] ones stay), and where queries and keys stand.
 
-        Adds `row_index` [B, T/c], `key_index` [B, T] and, where there are documents, `key_documents` [B, T].
+        Adds `row_index` [B, T/c] and, with `keys`, `key_index` [B, T] and, of documents, `key_documents` [B, T].
         """
         own = {name: self._own(name, tensor) for name, tensor in batch.items()}
         ids = batch["input_ids"]
         own["row_index"] = self.rows.to(ids.device).expand(ids.shape[0], -1)
+        if not self.keys:
+            assert "documents" not in batch, "documents need to know where keys stand"
+            return own
         own["key_index"] = self.order.to(ids.device).expand(ids.shape[0], -1)
         if "documents" in batch:
             own["key_documents"] = batch["documents"]
@@ -98,8 +103,7 @@ class ContextCore(nn.Module):
 
     def _gather(self, own: Tensor, chunk: int) -> list[Tensor]:
         """Own keys and values [2, B, K, T/c, d] -> those of each chunk of the row, in order; gradients are summed."""
-        spread = DTensor.from_local(own.unsqueeze(0), self.mesh, [Shard(0)], run_check=False)
-        whole = spread.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        whole = gather(own.unsqueeze(0), 0, self.mesh.get_group())
         early, late = zip(*(part.split(chunk, dim=3) for part in whole.unbind(0)), strict=True)
         return [*early, *reversed(late)]
 
@@ -112,8 +116,13 @@ def apply_context(model: nn.Module, mesh: DeviceMesh) -> None:
     assert mesh.ndim == 1, f"the context axis alone, not {mesh.mesh_dim_names}"
     if mesh.size() == 1:
         return
+    replace_cores(model, lambda core: ContextCore(core, mesh))
+
+
+def replace_cores(model: nn.Module, build: Callable[[nn.Module], nn.Module]) -> None:
+    """Put what `build` makes of the core of every attention in its place."""
     for module in list(model.modules()):
         core = getattr(module, "core", None)
         if isinstance(core, nn.Module):
-            assert not isinstance(core, ContextCore), "applied twice"
-            module.core = ContextCore(core, mesh)
+            assert not hasattr(core, "inner"), "applied twice"
+            module.core = build(core)

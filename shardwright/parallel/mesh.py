@@ -7,6 +7,7 @@ layout: all degrees 1, no group, no communication.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,10 +21,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from shardwright.config import ConfigError, ParallelConfig, parse_duration
+from shardwright.config import ConfigError, ParallelConfig, RunError, parse_duration
 
 # Outermost first: neighbours in rank talk most. An axis `expert` has its place between shard and context.
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
+SAME_TOKENS = ("pipeline", "tensor")  # axes whose ranks read the same tokens
+SAME_LOSS = ("tensor",)  # axes whose ranks all have the loss of their tokens, where a pipeline's last alone has it
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,27 @@ class World:
         place = None if self.mesh is None else self.mesh.get_coordinate()
         return 0 if place is None else place[AXES.index(axis)]
 
-    def describe(self) -> str:
-        """The degrees in words: `data 2 x tensor 2`, or `one process`."""
+    @property
+    def token_copies(self) -> int:
+        """How often a sum over all ranks counts each token."""
+        return math.prod(map(self.degree, SAME_TOKENS))
+
+    @property
+    def loss_copies(self) -> int:
+        """How often a sum over all ranks counts the loss of each token."""
+        return math.prod(map(self.degree, SAME_LOSS))
+
+    def describe(self, settings: ParallelConfig | None = None) -> str:
+        """The degrees in words, `data 2 x tensor 2` or `one process`, and those of the settings that matter to them."""
         degrees = [(axis, self.degree(axis)) for axis in ("data", "pipeline", "context", "tensor")]
-        return " x ".join(f"{axis} {degree}" for axis, degree in degrees if degree > 1) or "one process"
+        words = [" x ".join(f"{axis} {degree}" for axis, degree in degrees if degree > 1) or "one process"]
+        if settings is not None and self.degree("data") * self.degree("context") > 1:
+            words.append(f"ZeRO {settings.zero}")
+        if settings is not None and self.degree("pipeline") > 1:
+            words.append(settings.schedule)
+        if settings is not None and self.degree("tensor") > 1 and not settings.sequence:
+            words.append("no sequence parallelism")
+        return ", ".join(words)
 
     def sharding_mesh(self) -> DeviceMesh:
         """What parameters are replicated and sharded over: (replicate, shard x context), or the latter alone."""
@@ -143,9 +163,14 @@ def join_world(device: str, threads: int | None, parallel: ParallelConfig) -> It
             _clear_sharding_prop_cache()
 
 
+def fixed_degrees(parallel: ParallelConfig) -> int:
+    """Ranks of one data-parallel copy: all degrees but that of the data, which is what is left of the world."""
+    return parallel.tensor * parallel.context * parallel.pipeline
+
+
 def mesh_shape(parallel: ParallelConfig, size: int) -> tuple[int, ...]:
     """Degrees along AXES in a world of `size` ranks; ConfigError where they do not multiply to it."""
-    fixed = parallel.tensor * parallel.context * parallel.pipeline
+    fixed = fixed_degrees(parallel)
     data = parallel.data or max(size // fixed, 1)
     if data * fixed != size:
         raise ConfigError(
@@ -177,11 +202,18 @@ def _join(rank: int, size: int, device: torch.device, parallel: ParallelConfig) 
     if dist.is_initialized():
         return
     timeout = timedelta(seconds=parse_duration(parallel.timeout))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", rank=rank, world_size=size, timeout=timeout, device_id=device)
-    else:
-        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timeout)
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", rank=rank, world_size=size, timeout=timeout, device_id=device)
+        else:
+            dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timeout)
+    except RuntimeError as error:  # of the store, of sockets, of a rank that left
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RunError(
+            f"rank {rank} of {size} did not meet the others at {where}: {str(error).splitlines()[0]}; start all of "
+            "them within parallel.timeout, where each can reach that address"
+        ) from error
 
 
 def choose_device(wanted: str = "auto", local_rank: int = 0) -> torch.device:

@@ -1,7 +1,8 @@
 """Who is missing when a collective fails, in one line.
 
 Beside mesh.py. Each rank leaves its host and process id at the rendezvous store. When a rank dies the collectives of
-others fail; the first of each host to see that looks which process of its own host is dead without having said so.
+others fail; the first of each host to see that looks which process of its own host is dead without having said so,
+or else, after a while, which one has not seen it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def watch_peers(world: World) -> Iterator[None]:
         yield
     except Exception as error:
         if not is_loss(error):
+            _leave_word(book, world)
             raise
         report = _report(book, world)
         if report is None:
@@ -60,6 +62,13 @@ def _open_book() -> dist.PrefixStore:
     return dist.PrefixStore(f"shardwright/{attempt}", store)
 
 
+def _leave_word(book: dist.PrefixStore, world: World) -> None:
+    """This rank ends with an error of its own, which it says itself: the others need not look for who is gone."""
+    with suppress(dist.DistError, RuntimeError):
+        book.set(f"here/{world.rank}", "")
+        book.set("told", "")
+
+
 def _report(book: dist.PrefixStore, world: World) -> str | None:
     """The line that names who is gone, for the rank that is to say it; None for the others."""
     try:
@@ -71,7 +80,15 @@ def _report(book: dist.PrefixStore, world: World) -> str | None:
             book.set("told", "")
             names, verb = ", ".join(_name(book, rank) for rank in gone), "is" if len(gone) == 1 else "are"
             return f"{names} {verb} gone: killed or crashed (the launcher's report has the exit code)"
-        return None if _is_told(book) else "the connection to a rank on another host broke: it is gone, or the network"
+        if _is_told(book):
+            return None
+        silent = [rank for rank in _neighbours(world) if not book.check([f"here/{rank}"])]
+        if silent:
+            names, verb = ", ".join(_name(book, rank) for rank in silent), "does" if len(silent) == 1 else "do"
+            return f"{names} {verb} not answer: stopped, or stuck in something else than a collective"
+        if len(_neighbours(world)) == world.size:
+            return "the connection between ranks of this host broke, though all of them run"
+        return "the connection to a rank on another host broke: it is gone, or the network"
     except (dist.DistError, RuntimeError):
         return "rank 0, or the launcher at which all ranks met, is gone: killed or crashed"
 

@@ -30,6 +30,7 @@ class Facts:
     data: int = 1
     shard: int | None = None  # data ranks that share one sharded copy; None is all
     context: int = 1
+    ring: bool = False
     tensor: int = 1
     pipeline: int = 1
     zero: int = 1
@@ -47,11 +48,13 @@ class Facts:
     length: int
     batches: tuple[int, ...]
     micro: int
+    masked: bool = True  # attention does not cross documents
     # The means.
     precision: str = "fp32"
     compile: bool = False
     recompute: str | int = "none"
     offload: bool = False
+    offload_activations: bool = False
     device: str = "cpu"
     engine: str = "native"
 
@@ -80,7 +83,7 @@ def _world(f: Facts) -> str | None:
         return None
     return (
         f"parallel: data={f.data} x pipeline={f.pipeline} x context={f.context} x tensor={f.tensor} makes {found}, "
-        f"not the world of {f.world}"
+        f"not the world of {f.world}; start {found} processes (torchrun --nproc-per-node {found} -m shardwright ...)"
     )
 
 
@@ -195,6 +198,27 @@ def _context(f: Facts) -> str | None:
     )
 
 
+def _ring(f: Facts) -> str | None:
+    if not f.ring or f.context == 1:
+        return None
+    remedy = "or use parallel.ring=false"
+    if f.device == "cpu":
+        return "parallel.ring: torch's ring attention has GPU kernels alone; use parallel.ring=false"
+    if f.masked:
+        return f"parallel.ring: torch's ring attention takes no document mask; use data.mask_documents=false {remedy}"
+    if f.attention_dropout:
+        return f"parallel.ring: parts of the keys cannot share one dropout; use model.attention_dropout=0 {remedy}"
+    if f.precision not in ("bf16", "fp16"):
+        return f"parallel.ring: flash attention computes in bf16 and fp16, not {f.precision}; use either {remedy}"
+    if f.compile:
+        return f"parallel.ring: is not known to be right in compiled blocks; use train.compile=false {remedy}"
+    if f.offload_activations:
+        return f"parallel.ring: torch cannot move what its ring saves; use train.offload_activations=false {remedy}"
+    if f.pipeline > 1:
+        return f"parallel.ring: is not built for pipelines; use parallel.pipeline=1 {remedy}"
+    return None
+
+
 def _engine(f: Facts) -> str | None:
     degrees = {"tensor": f.tensor, "pipeline": f.pipeline, "context": f.context}
     asked = [f"parallel.{axis}={degree}" for axis, degree in degrees.items() if degree > 1]
@@ -224,6 +248,18 @@ def _attention_dropout(f: Facts) -> str | None:
     )
 
 
+def _unused(f: Facts) -> str | None:
+    if f.world == 1:
+        return None
+    if f.zero == 0 and (f.shard or 1) > 1:
+        return f"parallel.shard={f.shard}: has no effect, ZeRO 0 shards nothing"
+    if f.pipeline == 1 and (f.stages > 1 or f.schedule != "1f1b"):
+        return f"parallel.schedule={f.schedule}, parallel.stages={f.stages}: have no effect without a pipeline"
+    if f.ring and f.context == 1:
+        return "parallel.ring: has no effect without context ranks"
+    return None
+
+
 ROWS: tuple[Row, ...] = (
     Row("world", "degrees multiply to the number of processes", _world),
     Row("shard", "the ranks that share a sharded copy divide the data ranks", _shard),
@@ -245,10 +281,17 @@ ROWS: tuple[Row, ...] = (
     Row("vocabulary", "each tensor rank has a row of it; it need not divide", _vocabulary),
     Row("sequence slices", "context x tensor ranks divide the sequence, unless parallel.sequence=false", _sequence),
     Row("context chunks", "a sequence is a multiple of two chunks a context rank", _context),
+    Row(
+        "ring",
+        "on GPUs, in bf16 or fp16, without document masks, dropout of attention, compiled blocks, activations in host "
+        "memory and pipelines",
+        _ring,
+    ),
     Row("engine", "deepspeed and accelerate carry data parallelism and ZeRO alone", _engine),
     Row("deepspeed fp16", "DeepSpeed has no fp16 on a CPU", _engine_fp16),
     Row("offload", "one process keeps its masters beside the model", _offload),
     Row("attention dropout", "its masks depend on the layout: each rank draws its own", _attention_dropout, warns=True),
+    Row("settings without effect", "those of a pipeline or ring not there, of shards at ZeRO 0", _unused, warns=True),
 )
 
 
@@ -278,7 +321,7 @@ def check_layout(facts: Facts) -> None:
 
 
 DEGREES = ("data", "context", "tensor", "pipeline")
-SETTINGS = ("shard", "zero", "schedule", "stages", "sequence")
+SETTINGS = ("shard", "zero", "schedule", "stages", "sequence", "ring")
 
 
 def describe(layout: Facts, asked: Facts | None = None) -> str:
@@ -358,7 +401,7 @@ def _changes(layout: Facts, asked: Facts) -> set[str]:
 
 def _settings(facts: Facts) -> Iterator[tuple[float, Facts]]:
     """`facts` with each choice of the settings that matter to its degrees, cheapest change first, and its cost."""
-    choices = product(_shards(facts), _zeros(facts), _schedules(facts), _sequences(facts))
+    choices = product(_shards(facts), _zeros(facts), _schedules(facts), _sequences(facts), _rings(facts))
     costed = [(round(sum(cost for cost, _ in choice), 6), choice) for choice in choices]
     for cost, choice in sorted(costed, key=lambda pair: pair[0]):
         changed: dict[str, Any] = {}
@@ -406,3 +449,9 @@ def _sequences(facts: Facts) -> list[_Choice]:
     if facts.tensor == 1 or not facts.sequence:
         return [(0.0, {})]
     return [(0.0, {}), (0.3, {"sequence": False})]
+
+
+def _rings(facts: Facts) -> list[_Choice]:
+    if facts.context == 1 or not facts.ring:
+        return [(0.0, {})]
+    return [(0.0, {}), (0.3, {"ring": False})]

@@ -3,8 +3,8 @@
 `PLAN` says which module of the shared blocks is spread in which style; it holds for every family. `apply_tensor`
 turns parameters into DTensors on the tensor axis (before `fully_shard`), while activations stay plain tensors: each
 module's own forward runs on what this rank holds of its parameters, so the model's code stays that of one device.
-All communication is DTensor's own: where a region of whole heads or feed-forward channels is entered (`enter`) and
-left (`leave`), and where a gradient is Partial, when FSDP or the caller brings it to its parameter's placement.
+Activations travel where a region of whole heads or feed-forward channels is entered (`enter`) and left (`leave`), by
+collectives.py; a gradient that is Partial, when FSDP or the caller brings it to its parameter's placement.
 Shapes: B batch, T tokens, D width, V vocabulary; t ranks on the axis.
 """
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
+from shardwright.parallel.collectives import gather, scatter_sum, sum_gradients, sum_parts
+
 _TOKENS = 1  # the dim of [B, T, D] that sequence parallelism cuts
 
 
@@ -27,9 +29,8 @@ def enter(x: Tensor, mesh: DeviceMesh, sequence: bool) -> Tensor:
 
     Gathers tokens and reduce-scatters gradients; without sequence parallelism all-reduces gradients alone.
     """
-    here: Placement = Shard(_TOKENS) if sequence else Replicate()
-    whole = DTensor.from_local(x, mesh, [here]).redistribute(placements=[Replicate()])
-    return whole.to_local(grad_placements=[Partial()])
+    group = mesh.get_group()
+    return gather(x, _TOKENS, group) if sequence else sum_gradients(x, group)
 
 
 def leave(x: Tensor, mesh: DeviceMesh, sequence: bool) -> Tensor:
@@ -37,8 +38,8 @@ def leave(x: Tensor, mesh: DeviceMesh, sequence: bool) -> Tensor:
 
     Reduce-scatters over tokens and gathers gradients; without sequence parallelism all-reduces alone.
     """
-    there: Placement = Shard(_TOKENS) if sequence else Replicate()
-    return DTensor.from_local(x, mesh, [Partial()]).redistribute(placements=[there]).to_local()
+    group = mesh.get_group()
+    return scatter_sum(x, _TOKENS, group) if sequence else sum_parts(x, group)
 
 
 class Axis(NamedTuple):

@@ -8,7 +8,7 @@ before. Stage 1 gathers parameters once a step and reduces gradients on the last
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -75,24 +75,25 @@ def sharded_modules(root: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in root.modules() if isinstance(module, FSDPModule))
 
 
-def begin_micro_batch(root: nn.Module, stage: int, *, last: bool) -> None:
+def begin_micro_batch(wrapped: Sequence[FSDPModule], stage: int, *, last: bool) -> None:
     """Say before a forward pass whether its gradients are reduced and its parameters let go afterwards.
 
-    Without the flags of the last one, later steps would compute with stale weights.
+    wrapped: `sharded_modules` of the root, which comes first; looked up once, for a walk through all modules costs as
+    much as a block's hooks. Without the flags of the last micro-batch, later steps would compute with stale weights.
     """
-    for module in sharded_modules(root):  # one by one: each setter would walk through all modules by itself
+    root = wrapped[0]
+    for module in wrapped:  # one by one: each setter would walk through all modules by itself
         module.set_requires_gradient_sync(last or STAGES[stage].reduces_each, recurse=False)
         module.set_requires_all_reduce(last, recurse=False)  # over replicas once a step: sums of shards wait for it
         # What is the root's own, the next forward pass begins with.
         reshards = STAGES[stage].reshards and module is not root
         module.set_reshard_after_backward(last or reshards, recurse=False)
-    assert isinstance(root, FSDPModule)
     root.set_is_last_backward(last)
 
 
-def reshard(root: nn.Module) -> None:
+def reshard(wrapped: Iterable[FSDPModule]) -> None:
     """Let go of gathered parameters: after an evaluation or a load, whose weights are others."""
-    for module in sharded_modules(root):
+    for module in wrapped:
         module.reshard()
 
 
@@ -136,6 +137,7 @@ class ShardedMasters:
         self, roots: Sequence[nn.Module], parameters: Mapping[str, nn.Parameter], tied: TiedWeight | None = None
     ) -> None:
         self.roots, self.parameters, self.tied = roots, parameters, tied
+        self._wrapped = [module for root in roots for module in sharded_modules(root)]
         self.logical = {name: Logical.of(parameter.detach()) for name, parameter in parameters.items()}
         self.parts: dict[str, Tensor] = {name: logical.local for name, logical in self.logical.items()}
         self.weights = {name: logical.wrap(logical.local) for name, logical in self.logical.items()}
@@ -145,8 +147,7 @@ class ShardedMasters:
         """Forget gathered copies of the weights, after a step or a load."""
         if self.tied is not None:
             self.tied.follow()
-        for root in self.roots:
-            reshard(root)
+        reshard(self._wrapped)
 
     def clear(self) -> None:
         """Forget the gradients."""
@@ -168,6 +169,7 @@ class ShardedMasters:
             for parameter, grad in zip(every, grads, strict=True):
                 parameter.grad = grad
 
+    @torch.no_grad()
     def collect(self) -> None:
         """Hand the parts their gradients, once all backward passes are done; zero where none came."""
         for name, parameter in self.parameters.items():

@@ -114,7 +114,7 @@ def evaluate(
     stages.train(True)
     if stopped:
         return None
-    nats = world.sum(nats) / world.degree("tensor")  # every rank of a tensor axis has the whole loss
+    nats = world.sum(nats) / world.loss_copies
     found = torch.stack([nats, targets]).tolist()
     return _figures(found[0], found[1], validation)
 

@@ -28,12 +28,13 @@ from shardwright.parallel.pipeline import Pipeline, build_tied_group
 from shardwright.parallel.precision import FORMATS, master_format
 from shardwright.parallel.recompute import ROUNDING, apply_activation_offload, apply_recompute
 from shardwright.parallel.refusals import Facts
+from shardwright.parallel.ring import Ring, apply_ring, check_device
 from shardwright.parallel.stages import SCHEDULES, keep_layers, layer_costs, split_layers, stage_indices
 from shardwright.parallel.tensor import apply_tensor, localize_head
 from shardwright.parallel.zero import ShardedMasters, TiedWeight, apply_zero
 from shardwright.train.stages import Cut, Loop, LossModel, Stages, whole
 
-LAYOUT_KEYS = {"shard", "context", "tensor", "pipeline", "zero", "schedule", "sequence", "offload"}
+LAYOUT_KEYS = {"shard", "context", "ring", "tensor", "pipeline", "zero", "schedule", "sequence", "offload"}
 SHARED = "embed.tokens"  # whose weight is the head's as well, where the model is tied
 
 
@@ -46,13 +47,14 @@ def build_stages(config: Config, world: World, objective: Causal) -> Stages:
         only = LossModel(model, objective, config.train.seed).train()
         return Stages({0: only}, Loop(only), world)
     ranges, own = _stage_layers(config, world)
+    ring = _build_ring(config, world)
     models = {}
     for index in own:
         model = _build_part(config, ranges[index])
         last = index == len(ranges) - 1
         stage = LossModel(model, objective, config.train.seed, first=index == 0, last=last)
-        models[index] = _spread(stage, config, world)
-    return Stages(models, _build_passes(config, world, models), world, _build_cut(config, world))
+        models[index] = _spread(stage, config, world, ring)
+    return Stages(models, _build_passes(config, world, models, ring), world, _build_cut(config, world))
 
 
 def build_facts(config: Config, size: int) -> Facts:
@@ -80,6 +82,8 @@ def build_facts(config: Config, size: int) -> Facts:
         precision=config.precision.compute,
         compile=wants_compile(config),
         recompute=config.train.recompute,
+        masked=config.data.mask_documents,
+        offload_activations=config.train.offload_activations,
         device=config.train.device,
     )
 
@@ -130,14 +134,17 @@ def _build_part(config: Config, layers: range) -> LanguageModel:
     return model.to(master_format(FORMATS[config.precision.compute]))
 
 
-def _spread(stage: LossModel, config: Config, world: World) -> LossModel:
+def _spread(stage: LossModel, config: Config, world: World, ring: Ring | None) -> LossModel:
     """Steps 2 to 10 for one stage."""
     assert world.mesh is not None
     model, parallel = stage.model, config.parallel
     if parallel.tensor > 1:
         apply_tensor(model, world.mesh["tensor"], sequence=parallel.sequence)
         stage.localize = partial(localize_head, mesh=world.mesh["tensor"], sequence=parallel.sequence)
-    apply_context(model, world.mesh["context"])
+    if ring is None:
+        apply_context(model, world.mesh["context"])
+    else:
+        apply_ring(model, ring)
     apply_blocks(model, config, world)
     apply_zero(
         stage,
@@ -152,11 +159,12 @@ def _spread(stage: LossModel, config: Config, world: World) -> LossModel:
     return stage.train()
 
 
-def _build_passes(config: Config, world: World, models: dict[int, LossModel]) -> Loop | Pipeline:
+def _build_passes(config: Config, world: World, models: dict[int, LossModel], ring: Ring | None) -> Loop | Pipeline:
     parallel, mesh = config.parallel, world.mesh
     assert mesh is not None
     if parallel.pipeline == 1:
-        return Loop(models[0], parallel.zero)
+        return Loop(models[0], parallel.zero) if ring is None else Loop(models[0], parallel.zero, ring.open)
+    assert ring is None, "refused in a pipeline"
     slices = parallel.tensor if parallel.sequence else 1
     width: int = config.model.width  # type: ignore[attr-defined]
     return Pipeline(
@@ -171,8 +179,20 @@ def _build_passes(config: Config, world: World, models: dict[int, LossModel]) ->
 
 
 def _build_cut(config: Config, world: World) -> Cut:
-    size = world.degree("context")
-    return whole if size == 1 else ContextRows(size, world.index("context"), config.data.sequence_length).slice
+    return whole if world.degree("context") == 1 else _build_rows(config, world).slice
+
+
+def _build_rows(config: Config, world: World) -> ContextRows:
+    length, keys = config.data.sequence_length, not config.parallel.ring
+    return ContextRows(world.degree("context"), world.index("context"), length, keys=keys)
+
+
+def _build_ring(config: Config, world: World) -> Ring | None:
+    if not config.parallel.ring or world.degree("context") == 1:
+        return None
+    assert world.mesh is not None
+    check_device(world.device)
+    return Ring(world.mesh["context"], _build_rows(config, world), world.device)
 
 
 def build_masters(config: Config, stages: Stages) -> ShardedMasters:
@@ -216,6 +236,8 @@ def wants_compile(config: Config) -> bool:
     if wanted != "auto":
         return bool(wanted)
     if config.parallel.pipeline > 1 and SCHEDULES[config.parallel.schedule].splits_backward:
+        return False
+    if config.parallel.ring and config.parallel.context > 1:
         return False
     found = shutil.which("g++") or shutil.which("clang++")
     if not found:

@@ -10,7 +10,7 @@ from shardwright.estimate.memory import step_memory
 from shardwright.estimate.share import Layout, Place, Work
 from shardwright.log import quantity
 from shardwright.model.count import num_flops, num_parameters
-from shardwright.parallel.mesh import choose_device, world_size
+from shardwright.parallel.mesh import choose_device, fixed_degrees, world_size
 from shardwright.parallel.precision import FORMATS
 from shardwright.parallel.refusals import Facts, check_layout, describe, layout_warnings
 from shardwright.parallel.stages import stage_indices
@@ -85,9 +85,8 @@ def rank_memory(config: Config, facts: Facts) -> dict[str, int]:
 
 def planned_world(config: Config) -> int:
     """Processes that the launcher started; without one as many as the config's degrees ask for."""
-    parallel, started = config.parallel, world_size()
-    asked = (parallel.data or 1) * parallel.context * parallel.tensor * parallel.pipeline
-    return started if started > 1 else asked
+    started = world_size()
+    return started if started > 1 else (config.parallel.data or 1) * fixed_degrees(config.parallel)
 
 
 def stage_layers(config: Config, facts: Facts) -> list[list[str]]:

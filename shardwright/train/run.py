@@ -24,7 +24,7 @@ from shardwright.model.count import num_flops, num_parameters
 from shardwright.parallel.mesh import World, join_world, world_size
 from shardwright.parallel.peers import watch_peers
 from shardwright.parallel.precision import FORMATS
-from shardwright.parallel.refusals import check_layout
+from shardwright.parallel.refusals import check_layout, layout_warnings
 from shardwright.train.build import (
     Corpus,
     build_corpus,
@@ -63,16 +63,19 @@ def train(config: Config) -> Result:
     """
     corpus = build_corpus(config)
     fit_to_corpus(config, corpus)
-    check_layout(build_facts(config, world_size()))
+    facts = build_facts(config, world_size())
+    check_layout(facts)
     with (
-        Signals() as signals,  # first: who reports a lost rank must not be stopped by the launcher's SIGTERM
         join_world(config.train.device, config.train.threads, config.parallel) as world,
+        Signals() as signals,  # around what follows: who reports a lost rank is not stopped by the launcher's SIGTERM
         watch_peers(world),
         open_ranks() as ranks,
         FolderLock() as lock,
         naming(Path(config.run or "")),
     ):
         checkpoint = _open_folder(config, corpus, ranks, lock)
+        for warning in layout_warnings(facts) if world.leads else ():
+            log.warning("%s", warning)
         with Run(config, world, ranks, corpus, signals) as run:
             run.begin(checkpoint)
             run.loop()

@@ -1,15 +1,19 @@
-"""SIGTERM and Ctrl-C: finish the step, save, leave. A second one leaves at once."""
+"""SIGTERM and Ctrl-C: a run finishes the step, saves and leaves; a second one leaves at once."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from shardwright.log import get_logger
 
 _CAUGHT = (signal.SIGTERM, signal.SIGINT)
+LINGER_S = 8.0  # torchrun kills after 30
 
 
 class Signals:
@@ -34,3 +38,25 @@ class Signals:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
         get_logger().info("%s: finishing the step and saving; once more to leave at once", self.received)
+
+
+@contextmanager
+def lingering() -> Iterator[None]:
+    """Within, SIGTERM ends this process a while later, for ranks with nothing to save.
+
+    When a rank dies its launcher sends SIGTERM to the others at once, and one of them has to say who is gone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _leave_soon)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave_soon(number: int, _frame: FrameType | None) -> None:
+    timer = threading.Timer(LINGER_S, os._exit, (128 + number,))
+    timer.daemon = True
+    timer.start()

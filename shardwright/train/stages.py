@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ from shardwright.model.transformer import Inputs, LanguageModel
 from shardwright.objective.causal import Causal
 from shardwright.objective.cross_entropy import Head
 from shardwright.parallel.mesh import World
-from shardwright.parallel.zero import begin_micro_batch, reshard
+from shardwright.parallel.zero import begin_micro_batch, reshard, sharded_modules
 
 Batch = Mapping[str, Tensor]
 Cut = Callable[[Batch], Batch]
@@ -86,28 +87,38 @@ class Passes(Protocol):
 
 
 class Loop:
-    """One micro-batch after the other, through the one stage there is. `zero`: the ZeRO stage where FSDP wraps it."""
+    """One micro-batch after the other, through the one stage there is. `zero`: the ZeRO stage where FSDP wraps it.
+
+    `around`: what has to stand around passes.
+    """
 
     at_once = 1
 
-    def __init__(self, model: LossModel, zero: int | None = None) -> None:
-        self.model, self.zero = model, zero
+    def __init__(
+        self,
+        model: LossModel,
+        zero: int | None = None,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.model, self.zero, self.around = model, zero, around
+        self._wrapped = tuple(sharded_modules(model))
 
     def run(self, batches: Sequence[Batch]) -> Tensor:
         """Gradients accumulate in the parameters."""
         total: Tensor | None = None
-        for number, batch in enumerate(batches, 1):
-            if self.zero is not None:
-                begin_micro_batch(self.model, self.zero, last=number == len(batches))
-            loss = self.model(batch["input_ids"], **batch).sum()
-            loss.backward()
-            total = loss.detach() if total is None else total + loss.detach()
+        with self.around():
+            for number, batch in enumerate(batches, 1):
+                if self.zero is not None:
+                    begin_micro_batch(self._wrapped, self.zero, last=number == len(batches))
+                loss = self.model(batch["input_ids"], **batch).sum()
+                loss.backward()
+                total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total
 
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """Sums over all batches."""
-        with torch.no_grad():
+        with torch.no_grad(), self.around():
             sums = [self.model(batch["input_ids"], **batch) for batch in batches]
         return torch.stack(sums).sum(0)
 
@@ -139,11 +150,10 @@ class Stages:
         """Training or evaluation mode. Gathered weights are let go, for those that come are others."""
         for model in self.models.values():
             model.train(mode)
-            reshard(model)
+            reshard(sharded_modules(model))
 
     def counts(self, batches: Sequence[Batch]) -> Tensor:
         """Denominator of each term over these batches, cut, of all ranks: float64 [terms]."""
         counts = [self.objective.count(batch) for batch in batches]
         total = torch.stack([torch.stack([c[term] for c in counts]).double().sum() for term in self.objective.terms])
-        # Ranks of a tensor or pipeline axis read the same sequences.
-        return self.world.sum(total) / (self.world.degree("tensor") * self.world.degree("pipeline"))
+        return self.world.sum(total) / self.world.token_copies

@@ -103,9 +103,8 @@ class Step:
         scale = self.scaler.scale
         square = self.masters.grad_square(scale)
         asked = torch.full_like(square, float(stop))
-        # Ranks of a tensor axis hold one and the same loss.
         world = self.stages.world
-        total = world.sum(torch.stack([square, self._loss / world.degree("tensor"), asked]))
+        total = world.sum(torch.stack([square, self._loss / world.loss_copies, asked]))
         norm, loss = total[0].sqrt(), total[1]
         overflow = ~(torch.isfinite(norm) & torch.isfinite(loss))
         spike = self.spikes.judge(loss.float(), overflow)

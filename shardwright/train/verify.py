@@ -43,6 +43,7 @@ from shardwright.train.course import Course
 from shardwright.train.layout import build_facts
 from shardwright.train.optim import Muon
 from shardwright.train.position import Position
+from shardwright.train.signals import lingering
 from shardwright.train.step import Outcome, Step
 from shardwright.train.writing import writing
 
@@ -73,11 +74,12 @@ def verify(
     begin = time.monotonic()
     with (
         join_world(spread.train.device, spread.train.threads, spread.parallel) as world,
+        lingering(),
         watch_peers(world),
         open_ranks() as ranks,
         progress(steps * (3 if spread.train.deterministic else 2), "steps", "one process") as bar,
     ):
-        layout = describe_layout(spread, world)
+        layout = "this process" if world.size == 1 else world.describe(spread.parallel)
         with _shared_folder(config, ranks) as folder:
             oracle = partial(_run_alone, alone, world.device, steps, folder, bounds, bar.advance)
             while_rank_0(ranks, "running one process", oracle)
@@ -134,20 +136,6 @@ def comparable(config: Config, number_format: str) -> tuple[Config, Config]:
         for compute, parallel in ((against, ParallelConfig()), (wanted, config.parallel))
     )
     return alone, spread
-
-
-def describe_layout(config: Config, world: World) -> str:
-    """The layout in words: degrees, and the settings that matter to them."""
-    if world.size == 1:
-        return "this process"
-    words = [world.describe()]
-    if world.degree("data") * world.degree("context") > 1:
-        words.append(f"ZeRO {config.parallel.zero}")
-    if world.degree("pipeline") > 1:
-        words.append(config.parallel.schedule)
-    if world.degree("tensor") > 1 and not config.parallel.sequence:
-        words.append("no sequence parallelism")
-    return ", ".join(words)
 
 
 def logical_names(config: Config) -> list[str]:

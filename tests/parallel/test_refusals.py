@@ -49,6 +49,7 @@ def make(**changed: Any) -> Facts:
 
 BUBBLES = [name for name, schedule in SCHEDULES.items() if schedule.splits_backward]
 V = ("zbv", "dualpipev")
+RING = {"context": 2, "ring": True, "device": "cuda", "masked": False, "precision": "bf16"}
 
 # One or more layouts that each row refuses, and the beginning of the reason.
 REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
@@ -94,6 +95,14 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"tensor": 12, "context": 2, "length": 36}, "data.sequence_length=36: "),
     ],
     "context chunks": [({"context": 4, "length": 1020}, "data.sequence_length=1020: .* 8 equal chunks; 1024 is")],
+    "ring": [
+        ({**RING, "device": "cpu"}, "parallel.ring: .* GPU kernels alone; use parallel.ring=false"),
+        ({**RING, "masked": True}, "parallel.ring: .* use data.mask_documents=false or"),
+        ({**RING, "precision": "fp32"}, "parallel.ring: .* not fp32; use either or"),
+        ({**RING, "compile": True}, "parallel.ring: .* use train.compile=false or"),
+        ({**RING, "offload_activations": True}, "parallel.ring: .* use train.offload_activations=false or"),
+        ({**RING, "pipeline": 2}, "parallel.ring: .* use parallel.pipeline=1 or"),
+    ],
     "engine": [
         ({"engine": "deepspeed", "tensor": 2}, "engine=deepspeed: .* not parallel.tensor=2"),
         ({"engine": "accelerate", "context": 2, "pipeline": 2}, "engine=acc.* not parallel.pipeline=2 and p"),
@@ -127,12 +136,14 @@ ACCEPTED: list[dict[str, Any]] = [
     {"engine": "deepspeed", "data": 4, "zero": 3, "precision": "bf16"},
     {"engine": "deepspeed", "data": 4, "precision": "fp16", "device": "cuda"},
     {"data": 2, "offload": True},
+    {**RING, "data": 2, "tensor": 2, "zero": 3, "recompute": "selective", "offload": True, "device": "auto"},
+    {"data": 2, "ring": True, "compile": True},
 ]
 
 
 def test_every_row_is_tried() -> None:
     assert set(REFUSED) == {row.name for row in ROWS if not row.warns}
-    assert [row.name for row in table()][-1] == "attention dropout"
+    assert [row.name for row in table()][-2:] == ["attention dropout", "settings without effect"]
     assert len({row.name for row in ROWS}) == len(ROWS) == len(table())
 
 
@@ -154,7 +165,7 @@ def test_what_is_within_the_rules_is_not_refused(changed: dict[str, Any]) -> Non
     facts = make(**changed)
     check_layout(facts)
     assert refusals(facts) == []
-    assert layout_warnings(facts) == []
+    assert not [text for text in layout_warnings(facts) if "no effect" not in text]
 
 
 def test_dropout_in_attention_only_warns() -> None:
@@ -163,6 +174,12 @@ def test_dropout_in_attention_only_warns() -> None:
     assert len(layout_warnings(facts)) == 1
     assert layout_warnings(facts)[0].startswith("model.attention_dropout=0.1: ")
     assert layout_warnings(make(attention_dropout=0.1)) == []
+
+
+def test_dropout_in_attention_is_refused_in_a_ring() -> None:
+    with pytest.raises(ConfigError, match="^parallel.ring: .* use model.attention_dropout=0 or .*=false; nearest"):
+        check_layout(make(**RING, attention_dropout=0.1))
+    assert "parallel.ring: has no effect without context ranks" in layout_warnings(make(data=2, ring=True))
 
 
 def test_every_reason_is_given() -> None:
@@ -313,3 +330,17 @@ def test_all_that_fits_is_listed(facts: Facts) -> None:
     assert all(fits(layout) for layout in listed)
     assume(facts.data * facts.context > 1)
     assert (facts in listed) == fits(facts)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ({"zero": 0, "shard": 3}, "parallel.shard=3"),
+        ({"schedule": "zbv", "stages": 5}, "parallel.schedule=zbv, parallel.stages=5"),
+        ({"world": 1, "data": 1, "schedule": "zbv", "stages": 2}, ""),
+        ({"pipeline": 4, "data": 1, "schedule": "zbv", "stages": 2}, ""),
+    ],
+)
+def test_settings_without_effect_are_named(layout: dict[str, Any], words: str) -> None:
+    found = layout_warnings(make(**{"world": 4, "data": 4, **layout}))
+    assert (words in found[0]) if words else not found
