@@ -287,6 +287,28 @@ class Spread(NamedTuple):
         return cls(statistics.median(found), found[0], found[-1])
 
 
+# ------------------------------------------------------------------------------------------------- records
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every record of a JSON lines file; what was cut off by a kill is left out."""
+    records = []
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def add_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one record, in one write so that jobs may share the file, on a line of its own whatever was cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        cut = file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write(b"\n" * bool(cut) + json.dumps(record).encode() + b"\n")
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table; the first column is text, the others are numbers, set to the right."""
     lines = [f"| {' | '.join(header)} |", "| --- |" + " ---: |" * (len(header) - 1)]

@@ -48,7 +48,7 @@ _CATEGORIES = {
     "_allgather_base_": ("buffers", "buffers"),
     "allreduce_": ("gradients",),
 }
-_SILENT = {"wait_tensor", "_wrap_tensor_autograd", "barrier", "monitored_barrier_"}
+_SILENT = {"wait_tensor", "_wrap_tensor_autograd"}
 
 
 class Traffic(TorchDispatchMode):
@@ -73,7 +73,7 @@ class Traffic(TorchDispatchMode):
     def _count(self, operator: str, leaves: list[Any]) -> None:
         group = _group_of(leaves)
         if group.size() > 1:
-            size = max(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+            size = max((leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)), default=0)  # a barrier has none
             plus(self.amounts, name_of(group), _NAMES.get(operator, operator), 1, size)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import fnmatch
-import json
 import os
 import signal
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 # Bits differ between one and two threads. Before torch is imported, here and in the processes started from here.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from common import ROOT, facts_table, machine, parser, publish, say, table  # noqa: E402
+from common import ROOT, add_line, facts_table, machine, parser, publish, read_lines, say, table  # noqa: E402
 from kill import revision_of_tree  # noqa: E402
 
 sys.path.insert(0, str(ROOT))  # for `tests`, which is not installed
@@ -90,7 +89,7 @@ def chosen(options: argparse.Namespace) -> list[Cell]:
 
 def missing(cells: Sequence[Cell], log: Path, revision: str) -> list[Cell]:
     """Cells without figures of this revision, or with a failure of it."""
-    done = {line["cell"] for line in lines(log) if line["revision"] == revision and not line["problem"]}
+    done = {line["cell"] for line in read_lines(log) if line["revision"] == revision and not line["problem"]}
     left = [cell for cell in cells if cell.name not in done]
     say(f"{revision}: {len(cells) - len(left)} of {len(cells)} cells are done")
     return left
@@ -100,7 +99,6 @@ def run_cells(cells: Sequence[Cell], log: Path, revision: str, options: argparse
     """One after the other, until the time is over."""
     end = float("inf") if options.limit_minutes is None else time.monotonic() + 60 * options.limit_minutes
     folder = options.runs / revision.replace("+", "-")
-    log.parent.mkdir(parents=True, exist_ok=True)
     pool = Ranks()
     try:
         bench = Matrix(pool, prepare_text(options.runs / "text"), folder, options.patience)
@@ -118,8 +116,7 @@ def run_cells(cells: Sequence[Cell], log: Path, revision: str, options: argparse
 def append(log: Path, cell: Cell, verdict: Verdict, revision: str) -> None:
     """One more line."""
     line = {"cell": cell.name, "revision": revision, "date": datetime.date.today().isoformat(), **verdict._asdict()}
-    with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    add_line(log, line)
 
 
 def in_words(verdict: Verdict) -> str:
@@ -128,16 +125,9 @@ def in_words(verdict: Verdict) -> str:
     return f"{figures}  FAILED: {verdict.problem}" if verdict.problem else figures
 
 
-def lines(log: Path) -> list[dict[str, Any]]:
-    """All figures ever taken; a line that was cut off is left out."""
-    if not log.is_file():
-        return []
-    return [json.loads(line) for line in log.read_text("utf-8").rpartition("\n")[0].splitlines()]
-
-
 def read(log: Path) -> dict[str, dict[str, Any]]:
     """The newest figures of each cell."""
-    return {line["cell"]: line for line in lines(log)}
+    return {line["cell"]: line for line in read_lines(log)}
 
 
 # ------------------------------------------------------------------------------------------------- page

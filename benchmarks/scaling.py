@@ -28,7 +28,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import HERE, ROOT, commit, english, facts_table, machine, parser, peak_gib, publish, say, table
+from common import (
+    HERE,
+    ROOT,
+    add_line,
+    english,
+    facts_table,
+    machine,
+    parser,
+    peak_gib,
+    publish,
+    read_lines,
+    say,
+    table,
+)
+from kill import revision_of_tree
 
 sys.path.insert(0, str(ROOT))
 
@@ -48,7 +62,8 @@ MODES = ("weak", "strong")
 #: A model that every layout of up to 8 processes can share out.
 MODEL = ["model.layers=10", "model.width=128", "model.heads=8", "model.max_length=128", "data.sequence_length=128"]
 SETTINGS = ["batch.micro=1", "train.compile=false", "train.steps=1000", "run=runs/scaling/run"]
-KEY = ("config", "mode", "layout", "processes", "sequences", "commit")
+#: What makes two points the same.
+KEY = ("config", "set", "mode", "layout", "keys", "processes", "sequences", "threads", "timed", "commit")
 PATIENCE = 600.0  # seconds that a point may take here
 #: Names of the profiler's events that are communication.
 TRAFFIC = ("gloo:", "nccl:", "c10d::", "_c10d_functional::")
@@ -120,9 +135,10 @@ def run_points(options: argparse.Namespace) -> None:
     for processes in options.processes:
         layouts = options.layout if processes > 1 else options.layout[:1]
         for mode, layout in [(mode, layout) for mode in options.mode for layout in layouts]:
-            name, _ = keys_of(layout, processes)
-            wanted = {"config": options.config, "mode": mode, "layout": name, "processes": processes,
-                      "sequences": sequences_of(mode, processes, options), "commit": commit()}  # fmt: skip
+            name, keys = keys_of(layout, processes)
+            wanted = {"config": options.config, "set": options.set, "mode": mode, "layout": name, "keys": keys,
+                      "processes": processes, "sequences": sequences_of(mode, processes, options),
+                      "threads": options.threads, "timed": options.steps, "commit": revision_of_tree()}  # fmt: skip
             if key_of(wanted) in done:
                 continue
             say(f"{mode}, {name}, {processes} process{'es' if processes > 1 else ''}")
@@ -177,8 +193,9 @@ def point(options: argparse.Namespace) -> int:
         print(f"scaling: {error}", file=sys.stderr)
         return 2
     if int(os.environ.get("RANK", 0)) == 0:
-        line = {"benchmark": "scaling", "config": options.config, "mode": mode, "layout": name, "keys": keys,
-                "processes": processes, "sequences": sequences, **figures, **facts(processes)}  # fmt: skip
+        line = {"benchmark": "scaling", "config": options.config, "set": options.set, "mode": mode, "layout": name,
+                "keys": keys, "processes": processes, "sequences": sequences, "timed": options.steps,
+                "threads": config.train.threads, **figures, **facts(processes)}  # fmt: skip
         add(line, options.points)
     return 0
 
@@ -269,18 +286,16 @@ def facts(processes: int) -> dict[str, Any]:
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     return {
-        "date": datetime.date.today().isoformat(), "commit": commit(), "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(), "commit": revision_of_tree(), "torch": torch.__version__,
         "host": socket.gethostname(), "cores_per_process": (os.cpu_count() or 1) / local,
         "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
 
 
 def add(line: dict[str, Any], path: Path) -> None:
-    """Append a point, with its efficiency where one process has been measured; one write, so that jobs may share."""
+    """Append a point, with its efficiency where one process has been measured."""
     line["efficiency"] = efficiency(line, baselines(read_points([path]) + [line]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    add_line(path, line)
 
 
 # ------------------------------------------------------------------------------------------- reading points
@@ -288,8 +303,7 @@ def add(line: dict[str, Any], path: Path) -> None:
 
 def read_points(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Every line of these files; one that was cut off is left out."""
-    texts = [path.read_text("utf-8") for path in paths if path.is_file()]
-    return [json.loads(line) for text in texts for line in text.rpartition("\n")[0].splitlines()]
+    return [line for path in paths for line in read_lines(path)]
 
 
 def newest(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -297,19 +311,25 @@ def newest(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({key_of({**point, "commit": ""}): point for point in points}.values())
 
 
-def key_of(line: Mapping[str, Any]) -> tuple[Any, ...]:
+def key_of(line: Mapping[str, Any]) -> tuple[str, ...]:
     """What makes two points the same."""
-    return tuple(line[name] for name in KEY)
+    return tuple(json.dumps(line[name]) for name in KEY)
 
 
-def baselines(points: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], float]:
-    """Tokens a second of one process, by config and mode; the newest."""
-    return {(p["config"], p["mode"]): p["tokens_per_s"] for p in points if p["processes"] == 1}
+def work_of(line: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a process of a point does that one process alone is compared with: of weak scaling its own share."""
+    share = line["sequences"] / line["processes"] if line["mode"] == "weak" else line["sequences"]
+    return (*(json.dumps(line[name]) for name in ("config", "set", "mode", "threads")), str(share))
 
 
-def efficiency(line: Mapping[str, Any], one: Mapping[tuple[Any, ...], float]) -> float | None:
+def baselines(points: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], float]:
+    """Tokens a second of one process, by the work it does; the newest."""
+    return {work_of(p): p["tokens_per_s"] for p in points if p["processes"] == 1}
+
+
+def efficiency(line: Mapping[str, Any], one: Mapping[tuple[str, ...], float]) -> float | None:
     """Tokens a second over as many times those of one process; None where that was not measured."""
-    alone = one.get((line["config"], line["mode"]))
+    alone = one.get(work_of(line))
     return line["tokens_per_s"] / (line["processes"] * alone) if alone else None
 
 
@@ -327,7 +347,8 @@ def write_pages(points: list[dict[str, Any]], options: argparse.Namespace) -> No
     html.write_text(build_html(points), "utf-8")
     say(f"wrote {html}")
     found = {**machine(), "commit": ", ".join(sorted({p["commit"] for p in points}))}
-    parts = [introduction(points), facts_table(found)]
+    models = dict.fromkeys(f"`{p['config']}`: {' '.join(p['set']) or 'as it is'}" for p in points)
+    parts = [introduction(points), "Configs: " + "; ".join(models) + ".", facts_table(found)]
     for mode in MODES:
         own = [p for p in points if p["mode"] == mode]
         if own:

@@ -99,9 +99,9 @@ def serve(pipe: Connection) -> None:
     while True:
         try:
             job = pipe.recv()
-        except (EOFError, OSError):
+            pipe.send_bytes(pickle.dumps(answer(*job)))
+        except (EOFError, OSError):  # the parent is gone
             return
-        pipe.send_bytes(pickle.dumps(answer(*job)))
 
 
 def answer(rank: int, size: int, port: int, function: str, args: tuple[Any, ...]) -> tuple[bool, Any]:

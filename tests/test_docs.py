@@ -19,6 +19,8 @@ from shardwright.config import Strict, apply_override
 from shardwright.data.prepare.options import PrepareConfig
 from shardwright.launcher.cli import app
 from shardwright.model.families import FAMILIES
+from shardwright.train.layout import build_facts
+from shardwright.train.preview import rank_memory
 from shardwright.train.settings import SCHEMA, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,6 +163,13 @@ def test_commands_parse(page: Path) -> None:
             for setting in settings:
                 apply_override(raw, setting)
             PrepareConfig.model_validate(raw)
+
+
+def test_the_colab_config_fits_a_t4() -> None:
+    """docs/single-device.md promises it of 16 GB; the tokenizer there has 8,192 tokens, others up to 50,257."""
+    config = read_config("colab", ["model.vocab_size=50257"])
+    assert config.precision.compute == "fp16"
+    assert rank_memory(config, build_facts(config, 1))["total"] < 0.8 * 16e9
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """benchmarks/scaling.py: points are measured in real worlds, and reported in a page that a browser likes."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -16,11 +17,25 @@ SCRIPT = ROOT / "benchmarks" / "scaling.py"
 def point(layout: str, mode: str, processes: int, rate: float) -> dict:
     """A line as a cluster's job writes it."""
     return {
-        "benchmark": "scaling", "config": "llama", "mode": mode, "layout": layout, "keys": [], "processes": processes,
-        "sequences": 8 * processes, "tokens": 4096, "tokens_per_s": rate, "memory_gib": 1.5, "device": "cuda",
-        "communication_share": 0.1, "step_s": {"median": 1.0, "low": 0.9, "high": 1.1, "steps": 8}, "hosts": 1,
-        "date": "2026-01-01", "commit": "abc", "torch": "2.13.0", "host": "node", "cores_per_process": 8, "load": 1.0,
+        "benchmark": "scaling", "config": "llama", "set": [], "threads": 1, "timed": 8, "mode": mode, "layout": layout,
+        "keys": [], "processes": processes, "sequences": 8 * processes if mode == "weak" else 8, "tokens": 4096,
+        "tokens_per_s": rate, "memory_gib": 1.5, "device": "cuda", "communication_share": 0.1, "hosts": 1,
+        "step_s": {"median": 1.0, "low": 0.9, "high": 1.1, "steps": 8}, "date": "2026-01-01", "commit": "abc",
+        "torch": "2.13.0", "host": "node", "cores_per_process": 8, "load": 1.0,
     }  # fmt: skip
+
+
+def test_a_cut_line_spoils_no_other(tmp_path, monkeypatch):
+    """What is written after a kill stands on a line of its own."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    common = importlib.import_module("common")
+    path = tmp_path / "points.jsonl"
+    common.add_line(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"cut')
+    common.add_line(path, {"a": 2})
+    common.add_line(path, {"a": 3})
+    assert [line["a"] for line in common.read_lines(path)] == [1, 2, 3]
 
 
 def test_points_of_several_files_become_a_page(tmp_path):

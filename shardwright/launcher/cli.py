@@ -176,7 +176,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare steps under this layout with the same in one process; name the first tensor that differs."""
-    from shardwright.planner.verify_page import as_text, write_page
+    from shardwright.planner.verify_page import as_text, check_place, write_page
     from shardwright.train.settings import read_config
     from shardwright.train.verify import Report
     from shardwright.train.verify import verify as run
@@ -190,6 +190,8 @@ def verify(
     if as_json:
         get_logger().setLevel(logging.WARNING)
     enter_world()
+    if output is not None:
+        check_place(output)
     report = run(read_config(config, overrides or ()), steps=steps, number_format=number_format, tell=tell)
     raise typer.Exit(0 if report.passed else 1)
 

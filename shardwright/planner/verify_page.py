@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from shardwright import __version__
+from shardwright.config import ConfigError
 from shardwright.log import duration
 from shardwright.planner.page import build_page, table, tiles
 from shardwright.train.compare import KINDS, Kind, Pair, Report, StepReport, TensorReport
@@ -30,7 +31,7 @@ def as_text(report: Report) -> str:
         lines += _step_lines(report, step)
     lines.append(
         f"bounds: loss {bounds.loss:g}, gradient norm {bounds.grad_norm:g}, gradient {bounds.gradient:g} of its "
-        f"norm times the step, weight {bounds.weight:g} of how far it has moved"
+        f"norm times the root of the step, weight {bounds.weight:g} of how far it has moved"
     )
     lines += _remarks(report)
     excesses = report.excesses()
@@ -73,8 +74,22 @@ def write_page(report: Report, output: str | Path) -> Path:
     with writing(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         fresh = place.with_name(f".{place.name}.{os.getpid()}")
-        fresh.write_text(build(report), encoding="utf-8")
-        return fresh.replace(place)
+        try:
+            fresh.write_text(build(report), encoding="utf-8")
+            return fresh.replace(place)
+        finally:
+            fresh.unlink(missing_ok=True)
+
+
+def check_place(output: Path) -> None:
+    """ConfigError, before the work is done, where no page can be written."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output={output}: {error.strerror or error}; choose another place") from None
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        what = "is a folder; name a file in it" if output.is_dir() else "its folder takes no files; choose another"
+        raise ConfigError(f"--output={output}: {what}")
 
 
 def build(report: Report) -> str:

@@ -19,7 +19,7 @@ KINDS: tuple[Kind, ...] = ("gradient", "weight")
 class Bounds(NamedTuple):
     """The most that a layout may differ, all relative.
 
-    gradient: at step n it may be n times as much, since every update adds to what was rounded before.
+    gradient: at step n it may be sqrt(n) times as much, since every update adds to what was rounded before.
     floor: a gradient below this share of the whole gradient is rounding alone (key biases have none: the softmax does
     not see them). It is measured against that share, and what the optimizer makes of it is not judged.
     """
@@ -32,16 +32,16 @@ class Bounds(NamedTuple):
 
     def of(self, kind: Kind, step: int) -> float:
         """That of a tensor at a step."""
-        return self.gradient * step if kind == "gradient" else self.weight
+        return self.gradient * math.sqrt(step) if kind == "gradient" else self.weight
 
 
-#: By the layout's number format; one process is in float64 beside fp64, in float32 beside the others. The narrow ones
-#: are what one process in that format differs as well, and some: biases of norms add up many rounded gradients.
+#: By number format, the layout's and that of the one process beside it. The narrow ones are about three times what
+#: tensor parallelism differs, which adds up in another order; biases of norms add up many rounded gradients.
 BOUNDS: dict[str, Bounds] = {
     "fp64": Bounds(1e-11, 1e-10, 1e-9, 1e-7, 1e-8),
     "fp32": Bounds(1e-5, 1e-4, 1e-3, 1e-2, 1e-6),
-    "fp16": Bounds(1e-3, 1e-2, 1e-1, 0.75, 1e-5),
-    "bf16": Bounds(1e-2, 5e-2, 0.5, 0.75, 1e-4),
+    "fp16": Bounds(1e-4, 2e-3, 4e-2, 0.15, 1e-5),
+    "bf16": Bounds(1e-3, 5e-3, 0.3, 0.75, 1e-4),
 }
 
 

@@ -61,9 +61,9 @@ def verify(
 ) -> Report:
     """Run `steps` steps of a run under its layout, and compare them with the same in one process.
 
-    Both in `number_format`; with `config` the layout is in the config's own format, one process in float32. Every rank
-    of the world has to call this and gets the report; `tell` is called with it on rank 0 before any rank returns.
-    ConfigError where the layout is refused or the format is none of FORMATS.
+    Both in `number_format`; with `config` in the config's own. Every rank of the world has to call this and gets the
+    report; `tell` is called with it on rank 0 before any rank returns. ConfigError where the layout is refused or the
+    format is none of FORMATS.
     """
     corpus = build_corpus(config)
     fit_to_corpus(config, corpus)
@@ -119,7 +119,6 @@ def comparable(config: Config, number_format: str) -> tuple[Config, Config]:
     if number_format not in FORMATS:
         raise ConfigError(f"--format={number_format}: expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     wanted = config.precision.compute if number_format == "config" else number_format
-    against = wanted if wanted in ("fp32", "fp64") else "fp32"
     train = config.train
     changed: dict[str, object] = {"compile": train.compile is True}  # where the config asks for it, not by itself
     if train.budget is not None:
@@ -128,12 +127,12 @@ def comparable(config: Config, number_format: str) -> tuple[Config, Config]:
         config.model_copy(
             update={
                 "train": train.model_copy(update=changed),
-                "precision": config.precision.model_copy(update={"compute": compute}),
+                "precision": config.precision.model_copy(update={"compute": wanted}),
                 "parallel": parallel,
             },
             deep=True,
         )
-        for compute, parallel in ((against, ParallelConfig()), (wanted, config.parallel))
+        for parallel in (ParallelConfig(), config.parallel)
     )
     return alone, spread
 
@@ -233,10 +232,11 @@ def _run_alone(
     start = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
     for number, kind, outcome in walk.steps(steps):
         if kind == "gradient":
-            tensors = {name: _gradient(weight) for name, weight in weights.items()}
+            scale = float(walk.step.scaler.scale)
+            tensors = {name: _gradient(weight) / scale for name, weight in weights.items()}
             sizes = {name: float(gradient.double().norm()) for name, gradient in tensors.items()}
         else:
-            tensors = weights
+            tensors = dict(weights)
             sizes = {name: _distance(weight.cpu(), start[name], bounds.weight) for name, weight in weights.items()}
             advance()
         state = {"sizes": sizes, "outcome": None if outcome is None else list(outcome[:2])}

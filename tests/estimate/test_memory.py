@@ -3,7 +3,9 @@
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks.counting import Memory
 from shardwright.config import ConfigError, ParallelConfig
 from shardwright.estimate.memory import step_memory, zero_paper_bytes
 from shardwright.estimate.share import Layout, Place, Work, model_shapes, rank_share
@@ -60,6 +62,21 @@ def test_the_formula_is_what_a_rank_holds(ranks: Ranks, case: str) -> None:
 def test_the_tracker_sees_memory_come_and_go() -> None:
     """Views count once, what is resized and what is dropped is given back."""
     assert track(1000) == [4000, 8000, 4000, 0, 8000]
+
+
+def test_the_tracker_sorts_what_it_sees() -> None:
+    """A name, then what was being made; a weak name replaces none."""
+    tracker = Memory()
+    with tracker:
+        tracker.making = "activations"
+        a, b, c = (torch.zeros(size) for size in (1, 2, 4))
+        tracker.name("masters", [a])
+        tracker.name("buffers", [a, b], weak=True)
+        tracker.making = "logits"
+        d = torch.zeros(8)
+    assert tracker.at_peak() == {"masters": 4, "buffers": 8, "activations": 16, "logits": 32}
+    del c, d
+    assert tracker.live == 12
 
 
 def test_paper_figures() -> None:
