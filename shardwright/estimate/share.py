@@ -13,10 +13,11 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from shardwright.config import ParallelConfig
+from shardwright.config import Config, ParallelConfig
 from shardwright.model.families import build_model
 from shardwright.model.transformer import TransformerConfig
 from shardwright.parallel.mesh import mesh_shape
+from shardwright.parallel.precision import FORMATS
 from shardwright.parallel.stages import stage_indices
 from shardwright.parallel.tensor import PLAN, Style
 
@@ -83,6 +84,19 @@ class Work:
     recompute: str | int = "none"
     compiled: bool = False
     offloaded: bool = False  # what the backward pass needs lies in host memory
+
+    @classmethod
+    def of(cls, config: Config, micro_batches: int, *, compiled: bool = False) -> Work:
+        """That of a config, in a step of so many micro-batches."""
+        return cls(
+            length=config.data.sequence_length,
+            micro_batch=config.batch.micro,
+            micro_batches=micro_batches,
+            value_bytes=FORMATS[config.precision.compute].itemsize,
+            recompute=config.train.recompute,
+            compiled=compiled,
+            offloaded=config.train.offload_activations,
+        )
 
     @property
     def master_bytes(self) -> int:

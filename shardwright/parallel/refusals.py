@@ -56,7 +56,6 @@ class Facts:
     offload: bool = False
     offload_activations: bool = False
     device: str = "cpu"
-    engine: str = "native"
 
     def num_micro_batches(self, batch: int, micro: int | None = None) -> int:
         """Micro-batches of each data rank in a step of `batch` sequences; the last ones may be padding."""
@@ -219,20 +218,6 @@ def _ring(f: Facts) -> str | None:
     return None
 
 
-def _engine(f: Facts) -> str | None:
-    degrees = {"tensor": f.tensor, "pipeline": f.pipeline, "context": f.context}
-    asked = [f"parallel.{axis}={degree}" for axis, degree in degrees.items() if degree > 1]
-    if f.engine == "native" or not asked:
-        return None
-    return f"engine={f.engine}: carries data parallelism and ZeRO alone, not {' and '.join(asked)}; use engine=native"
-
-
-def _engine_fp16(f: Facts) -> str | None:
-    if (f.engine, f.device, f.precision) != ("deepspeed", "cpu", "fp16"):
-        return None
-    return "precision.compute=fp16: DeepSpeed has no fp16 on a CPU; use bf16 or engine=native"
-
-
 def _offload(f: Facts) -> str | None:
     if not f.offload or f.world > 1:
         return None
@@ -287,8 +272,6 @@ ROWS: tuple[Row, ...] = (
         "memory and pipelines",
         _ring,
     ),
-    Row("engine", "deepspeed and accelerate carry data parallelism and ZeRO alone", _engine),
-    Row("deepspeed fp16", "DeepSpeed has no fp16 on a CPU", _engine_fp16),
     Row("offload", "one process keeps its masters beside the model", _offload),
     Row("attention dropout", "its masks depend on the layout: each rank draws its own", _attention_dropout, warns=True),
     Row("settings without effect", "those of a pipeline or ring not there, of shards at ZeRO 0", _unused, warns=True),

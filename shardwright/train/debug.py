@@ -6,6 +6,7 @@ The global batch is kept: one process takes all of its micro-batches, one after 
 from __future__ import annotations
 
 import itertools
+import math
 import pdb
 import sys
 from pathlib import Path
@@ -92,5 +93,5 @@ def _shrink(config: Config) -> None:
     config.data.sequence_length = min(config.data.sequence_length, SMALL["length"])
     sequences = min(config.global_batch(), SMALL["sequences"])
     config.batch = config.batch.model_copy(
-        update={"sequences": sequences, "tokens": None, "micro": min(config.batch.micro, sequences), "ramp": None}
+        update={"sequences": sequences, "tokens": None, "micro": math.gcd(config.batch.micro, sequences), "ramp": None}
     )

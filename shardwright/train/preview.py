@@ -11,7 +11,6 @@ from shardwright.estimate.share import Layout, Place, Work
 from shardwright.log import quantity
 from shardwright.model.count import num_flops, num_parameters
 from shardwright.parallel.mesh import choose_device, fixed_degrees, world_size
-from shardwright.parallel.precision import FORMATS
 from shardwright.parallel.refusals import Facts, check_layout, describe, layout_warnings
 from shardwright.parallel.stages import stage_indices
 from shardwright.train.build import build_corpus, check_length, fit_to_corpus
@@ -57,15 +56,8 @@ def preview(config: Config, *, as_json: bool = False) -> str:
 def rank_memory(config: Config, facts: Facts) -> dict[str, int]:
     """Estimated bytes by category of the rank that needs most."""
     model, parallel = config.model, config.parallel
-    work = Work(
-        length=config.data.sequence_length,
-        micro_batch=config.batch.micro,
-        micro_batches=math.ceil(config.global_batch() / (facts.data * config.batch.micro)),
-        value_bytes=FORMATS[config.precision.compute].itemsize,
-        recompute=config.train.recompute,
-        compiled=wants_compile(config),
-        offloaded=config.train.offload_activations,
-    )
+    micro_batches = math.ceil(config.global_batch() / (facts.data * config.batch.micro))
+    work = Work.of(config, micro_batches, compiled=wants_compile(config))
     layout = Layout.of(parallel, facts.world, facts.stages) if facts.world > 1 else None
     stages = stage_layers(config, facts)
     ranks = [

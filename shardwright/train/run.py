@@ -48,7 +48,7 @@ from shardwright.train.position import Position, apply_tensors, checkpoint_tenso
 from shardwright.train.preview import batch_equation
 from shardwright.train.profile import StepProfiler
 from shardwright.train.result import Result, read_result
-from shardwright.train.signals import Signals
+from shardwright.train.signals import Signals, lingering
 from shardwright.train.step import Outcome
 from shardwright.train.verdict import Verdict, judge
 from shardwright.train.writing import naming, writing
@@ -67,6 +67,7 @@ def train(config: Config) -> Result:
     check_layout(facts)
     with (
         join_world(config.train.device, config.train.threads, config.parallel) as world,
+        lingering(world.size),
         Signals() as signals,  # around what follows: who reports a lost rank is not stopped by the launcher's SIGTERM
         watch_peers(world),
         open_ranks() as ranks,

@@ -41,19 +41,18 @@ class Signals:
 
 
 @contextmanager
-def lingering() -> Iterator[None]:
-    """Within, SIGTERM ends this process a while later, for ranks with nothing to save.
+def lingering(world_size: int) -> Iterator[None]:
+    """Within, SIGTERM ends this process a while later, for ranks with nothing to save; nothing on one process.
 
-    When a rank dies its launcher sends SIGTERM to the others at once, and one of them has to say who is gone.
+    When a rank dies its launcher sends SIGTERM to the others at once, and one of them has to say who is gone. That one
+    has left this block by its error and has yet to print it: after an error the handler stays.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if world_size == 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGTERM, _leave_soon)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def _leave_soon(number: int, _frame: FrameType | None) -> None:

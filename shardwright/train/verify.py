@@ -74,7 +74,7 @@ def verify(
     begin = time.monotonic()
     with (
         join_world(spread.train.device, spread.train.threads, spread.parallel) as world,
-        lingering(),
+        lingering(world.size),
         watch_peers(world),
         open_ranks() as ranks,
         progress(steps * (3 if spread.train.deterministic else 2), "steps", "one process") as bar,

@@ -10,7 +10,6 @@ from benchmarks.counting import Memory
 from shardwright.estimate.memory import step_memory
 from shardwright.estimate.share import Layout, Place, Work
 from shardwright.parallel.mesh import build_world
-from shardwright.parallel.precision import FORMATS
 from shardwright.train.build import build_step
 from shardwright.train.layout import build_facts, num_virtual
 from shardwright.train.preview import stage_layers
@@ -31,13 +30,7 @@ def measure(overrides: list[str], model: dict[str, Any]) -> tuple[int, dict[str,
     masters: Any = step.masters
     tracker.name("masters", getattr(masters, "parts", masters.weights).values())
     tracker.name("optimizer", [tensor for state in step.optimizer.state.values() for tensor in state.values()])
-    work = Work(
-        length=config.data.sequence_length,
-        micro_batch=config.batch.micro,
-        micro_batches=MICRO_BATCHES,
-        value_bytes=FORMATS[config.precision.compute].itemsize,
-        recompute=config.train.recompute,
-    )
+    work = Work.of(config, MICRO_BATCHES)
     several = config.parallel.pipeline > 1
     expected = step_memory(
         config.model,  # type: ignore[arg-type]

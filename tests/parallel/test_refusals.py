@@ -103,11 +103,6 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({**RING, "offload_activations": True}, "parallel.ring: .* use train.offload_activations=false or"),
         ({**RING, "pipeline": 2}, "parallel.ring: .* use parallel.pipeline=1 or"),
     ],
-    "engine": [
-        ({"engine": "deepspeed", "tensor": 2}, "engine=deepspeed: .* not parallel.tensor=2"),
-        ({"engine": "accelerate", "context": 2, "pipeline": 2}, "engine=acc.* not parallel.pipeline=2 and p"),
-    ],
-    "deepspeed fp16": [({"engine": "deepspeed", "precision": "fp16", "data": 2}, "precision.compute=fp16: ")],
     "offload": [({"offload": True}, "parallel.offload: ")],
 }
 
@@ -133,8 +128,6 @@ ACCEPTED: list[dict[str, Any]] = [
     {"tensor": 4, "length": 1022, "sequence": False},
     {"tensor": 4, "vocab_size": 0},
     {"context": 4, "length": 1024, "tensor": 4},
-    {"engine": "deepspeed", "data": 4, "zero": 3, "precision": "bf16"},
-    {"engine": "deepspeed", "data": 4, "precision": "fp16", "device": "cuda"},
     {"data": 2, "offload": True},
     {**RING, "data": 2, "tensor": 2, "zero": 3, "recompute": "selective", "offload": True, "device": "auto"},
     {"data": 2, "ring": True, "compile": True},
@@ -200,7 +193,6 @@ def test_every_reason_is_given() -> None:
         ),
         ({"data": 2, "tensor": 4, "length": 1022}, ["data=2 tensor=4 sequence=false", "data=4 tensor=2"]),
         ({"pipeline": 2, "schedule": "1f1b", "stages": 2}, ["pipeline=2 stages=1"]),
-        ({"data": 8, "tensor": 2, "engine": "deepspeed"}, ["data=16"]),
         ({"data": 8, "shard": 3}, ["data=8 shard=2"]),
         ({"world": 7, "tensor": 7}, ["data=7"]),
     ],
@@ -268,7 +260,6 @@ def any_facts(draw: st.DrawFn) -> Facts:
         compile=draw(st.booleans()),
         recompute=draw(st.sampled_from(["none", "full", "selective"])),
         offload=draw(st.booleans()),
-        engine=draw(st.sampled_from(["native", "native", "deepspeed"])),
     )
 
 
@@ -283,11 +274,10 @@ def fits(f: Facts) -> bool:
     chunks = f.context == 1 or f.length % (2 * f.context) == 0
     zero = not (f.pipeline > 1 and f.zero == 2) and not (split and f.zero == 3)
     graphs = not (split and (f.compile or f.recompute == "selective"))
-    engine = f.engine == "native" or (f.tensor * f.context * f.pipeline == 1 and f.precision != "fp16")
     offload = not f.offload or f.world > 1
     passes = f.pipeline == 1 or all(runs(f, math.ceil(math.ceil(batch / f.data) / f.micro)) for batch in f.batches)
     vocabulary = f.vocab_size == 0 or all(len(row) for row in rows)
-    return all((whole, hybrid, tensor, vocabulary, slices, chunks, zero, graphs, engine, offload, passes))
+    return all((whole, hybrid, tensor, vocabulary, slices, chunks, zero, graphs, offload, passes))
 
 
 def runs(f: Facts, count: int) -> bool:

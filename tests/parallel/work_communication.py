@@ -13,7 +13,6 @@ from shardwright.estimate.communication import Amounts, plus, step_communication
 from shardwright.estimate.share import Layout, Place, Work
 from shardwright.model.families import build_model
 from shardwright.parallel.mesh import AXES, World, build_world
-from shardwright.parallel.precision import FORMATS
 from shardwright.train.build import build_step
 from shardwright.train.layout import _stage_layers, num_virtual
 from shardwright.train.settings import read_config
@@ -84,13 +83,7 @@ def _spoil(step: Step, what: str) -> None:
 def _expect(config: Config, world: World) -> Amounts:
     parallel = config.parallel
     layout = Layout.of(parallel, world.size, num_virtual(config))
-    work = Work(
-        length=config.data.sequence_length,
-        micro_batch=config.batch.micro,
-        micro_batches=MICRO_BATCHES,
-        value_bytes=FORMATS[config.precision.compute].itemsize,
-        recompute=config.train.recompute,
-    )
+    work = Work.of(config, MICRO_BATCHES)
     spread = world.index("shard") * world.degree("context") + world.index("context")
     place = Place(pipeline=world.index("pipeline"), spread=spread, tensor=world.index("tensor"))
     return step_communication(config.model, layout, work, place=place, stages=_stages(config, world))  # type: ignore
