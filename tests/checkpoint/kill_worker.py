@@ -20,6 +20,7 @@ import torch
 
 from shardwright.checkpoint import CheckpointWriter, find_newest, load, read_latest
 
+RANDOM_KILLS = 6
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir"}
 
 
@@ -96,10 +97,10 @@ def check(folder: Path, size: int, finished: int) -> list[str]:
 
 def main(mode: str, root: Path) -> None:
     torch.set_num_threads(1)
-    size, rounds, kills, reasons = (50, 2, 400, []) if mode == "everywhere" else (3_000_000, 50, 6, [])
+    size, rounds, tries, reasons = (50, 2, 400, []) if mode == "everywhere" else (3_000_000, 250, 30, [])
     build_start(root / "start", size)
     rng, count = random.Random(0), 0
-    for number in range(1, kills + 1):
+    for number in range(1, tries + 1):
         folder = root / f"run{number}"
         shutil.copytree(root / "start", folder)
         options = {"kill_at": number} if mode == "everywhere" else {"delay": rng.uniform(0.05, 0.6)}
@@ -107,7 +108,8 @@ def main(mode: str, root: Path) -> None:
         reasons += check(folder, size, finished)
         shutil.rmtree(folder)
         count += killed
-        if not killed:
+        # At random moments a child may be done before, on a machine that is busy with something else.
+        if (count == RANDOM_KILLS) if mode == "random" else not killed:
             break
     print(json.dumps({"kills": count, "got_through": not killed, "skipped": sorted(set(reasons))}))
 

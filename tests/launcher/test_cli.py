@@ -18,10 +18,10 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
 
 
-def refused(*arguments: str, code: int = 2, says: str) -> None:
-    answer = run(*arguments)
-    assert answer.returncode == code, answer.stderr
-    assert says in answer.stderr and len(answer.stderr.strip().splitlines()) == 1, answer.stderr
+def refused(capsys, *arguments: str, code: int = 2, says: str) -> None:
+    assert cli.run(arguments) == code
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1, said
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +52,14 @@ def test_train_again_is_done_and_eval_agrees(trained, prepared):
     assert scored["val_bits_per_byte"] == pytest.approx(result["val_bits_per_byte"], rel=1e-5)
 
 
-def test_generate_is_a_function_of_its_seed(trained):
-    first, again, other = (run("generate", str(trained), "--prompt", "The ", "--tokens", "12", "--seed", s).stdout
-                           for s in ("1", "1", "2"))  # fmt: skip
+def test_generate_is_a_function_of_its_seed(trained, capsys):
+    def generated(*more: str) -> str:
+        assert cli.run(["generate", str(trained), *more]) == 0
+        return capsys.readouterr().out
+
+    first, again, other = (generated("--prompt", "The ", "--tokens", "12", "--seed", seed) for seed in ("1", "1", "2"))
     assert first.startswith("The ") and first == again != other
-    cold = run("generate", str(trained), "--tokens", "5", "--temperature", "1e-40")
-    assert cold.returncode == 0, cold.stderr
+    generated("--tokens", "5", "--temperature", "1e-40")
 
 
 def test_report_writes_a_page(trained, tmp_path):
@@ -74,24 +76,35 @@ def test_dry_run_prints_batch_size_and_memory_and_makes_nothing(tmp_path, prepar
     assert not (tmp_path / "none").exists()
 
 
-def test_mistakes(tmp_path, prepared, trained):
+def test_a_mistake_ends_the_process_with_its_code_and_one_line(prepared):
+    answer = run("train", "debug/gtp2", f"data.path={prepared}")
+    assert answer.returncode == 2 and answer.stdout == ""
+    assert "did you mean debug/gpt2" in answer.stderr and answer.stderr.count("\n") == 1
+
+
+def test_mistakes(tmp_path, prepared, trained, capsys):
     data = f"data.path={prepared}"
-    refused("train", "debug/gtp2", says="did you mean debug/gpt2")
-    refused("train", "debug/gpt2", data, "train.stepz=3", says="train.stepz: unknown key; did you mean 'steps'?")
-    refused("train", "debug/gpt2", data, "train.steps=many", says="train.steps: got 'many'")
-    refused("train", "debug/gpt2", f"data.path={tmp_path}", code=1, says="manifest.json: no such file")
-    refused("train", "debug/gpt2", data, "batch.micro=5", says="batch.micro=5: does not divide batch.sequences=16")
-    refused("train", "debug/gpt2", data, "data.sequence_length=999", says="longer than the model allows")
-    refused("train", "debug/gpt2", data, f"run={trained}", "optimizer.lr=1", says="holds the run of another config")
-    refused("train", ".", says=".: is a folder, not a config file; shipped configs:")
-    refused("train", "debug/gpt2", data, "train=5", says="train: got 5 (int); expected a section of keys")
-    refused("train", "debug/gpt2", data, "data.allow=[pips]", "--dry-run", says="data.allow.0: got 'pips'")
-    refused("generate", str(tmp_path), says="neither a run folder nor a checkpoint")
-    refused("generate", str(trained), "--prompt", "ab\udcff", says="prompt: character 3 is no valid UTF-8")
-    refused("generate", str(trained), "--seed", str(2**64), says="seed=18446744073709551616: expected 0 to")
-    refused("eval", str(trained), "--json", "--data", str(tmp_path), code=1, says="manifest.json: no such file")
-    refused("report", str(trained), "--output", str(tmp_path), says="is a folder; name the file")
-    refused("prepare", str(tmp_path / "none.txt"), "--output", str(tmp_path / "o"), says="none.txt")
+    refused(
+        capsys, "train", "debug/gpt2", data, "train.stepz=3", says="train.stepz: unknown key; did you mean 'steps'?"
+    )
+    refused(capsys, "train", "debug/gpt2", data, "train.steps=many", says="train.steps: got 'many'")
+    refused(capsys, "train", "debug/gpt2", f"data.path={tmp_path}", code=1, says="manifest.json: no such file")
+    refused(
+        capsys, "train", "debug/gpt2", data, "batch.micro=5", says="batch.micro=5: does not divide batch.sequences=16"
+    )
+    refused(capsys, "train", "debug/gpt2", data, "data.sequence_length=999", says="longer than the model allows")
+    refused(
+        capsys, "train", "debug/gpt2", data, f"run={trained}", "optimizer.lr=1", says="holds the run of another config"
+    )
+    refused(capsys, "train", ".", says=".: is a folder, not a config file; shipped configs:")
+    refused(capsys, "train", "debug/gpt2", data, "train=5", says="train: got 5 (int); expected a section of keys")
+    refused(capsys, "train", "debug/gpt2", data, "data.allow=[pips]", "--dry-run", says="data.allow.0: got 'pips'")
+    refused(capsys, "generate", str(tmp_path), says="neither a run folder nor a checkpoint")
+    refused(capsys, "generate", str(trained), "--prompt", "ab\udcff", says="prompt: character 3 is no valid UTF-8")
+    refused(capsys, "generate", str(trained), "--seed", str(2**64), says="seed=18446744073709551616: expected 0 to")
+    refused(capsys, "eval", str(trained), "--json", "--data", str(tmp_path), code=1, says="manifest.json: no such file")
+    refused(capsys, "report", str(trained), "--output", str(tmp_path), says="is a folder; name the file")
+    refused(capsys, "prepare", str(tmp_path / "none.txt"), "--output", str(tmp_path / "o"), says="none.txt")
 
 
 @pytest.mark.parametrize(
@@ -122,14 +135,14 @@ def test_without_a_command_there_is_help(capsys):
     assert "Commands" in capsys.readouterr().out
 
 
-def test_a_tokenizer_that_is_not_the_shards_own(tmp_path, prepared):
+def test_a_tokenizer_that_is_not_the_shards_own(tmp_path, prepared, capsys):
     import shutil
 
     copy = tmp_path / "copy"
     shutil.copytree(prepared, copy)
     tokenizer = copy / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"the"', '"eht"', 1) + "\n")
-    refused("train", "debug/gpt2", f"data.path={copy}", f"run={tmp_path / 'r'}", says="is not the tokenizer")
+    refused(capsys, "train", "debug/gpt2", f"data.path={copy}", f"run={tmp_path / 'r'}", says="is not the tokenizer")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small tmpfs needs root")

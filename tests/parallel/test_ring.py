@@ -71,8 +71,8 @@ def test_gpus_alone() -> None:
 MEANING = [
     "data.mask_documents=false",
     "data.reset_positions=false",
-    "train.steps=8",
-    "evaluate.every=4",
+    "train.steps=4",
+    "evaluate.every=2",
     "evaluate.max_tokens=1024",
 ]
 LAYOUTS = {
