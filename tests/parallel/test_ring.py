@@ -72,6 +72,7 @@ MEANING = [
     "data.mask_documents=false",
     "data.reset_positions=false",
     "train.steps=4",
+    "schedule.warmup_steps=1",
     "evaluate.every=2",
     "evaluate.max_tokens=1024",
 ]
