@@ -62,6 +62,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8.3",
         "pytest-timeout>=2.3",
+        "py-spy>=0.4",
         "hypothesis>=6.115",
         "jsonschema>=4.23",
         "ruff>=0.9",

@@ -217,7 +217,7 @@ def measure(config: Any, warm: int, steps: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from shardwright.parallel.mesh import join_world, world_size
-    from shardwright.parallel.refusals import check_layout
+    from shardwright.parallel.proposals import check_layout
     from shardwright.train.build import build_corpus, build_loader, build_step, fit_to_corpus
     from shardwright.train.course import Course
     from shardwright.train.layout import build_facts

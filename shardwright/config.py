@@ -149,6 +149,9 @@ class TrainConfig(Strict):
         "none", "Activation checkpointing: none, full, selective, or every n-th layer"
     )
     compile: bool | Literal["auto"] = free("auto", "torch.compile of each block; auto where a compiler is found")
+    fused_norms: Literal["auto", "apex", "torch"] = free(
+        "auto", "Kernels of norms: NVIDIA apex's where it is installed and blocks are not compiled (auto), or torch's"
+    )
     deterministic: bool = free(False, "Deterministic kernels, slower where it matters")
     device: Literal["auto", "cpu", "cuda"] = free("auto", "Where to train")
     offload_activations: bool = free(False, "Keep what the backward pass needs in host memory")
@@ -198,6 +201,9 @@ class OptimizerConfig(Strict):
     nesterov: bool = meaning(True, "Nesterov momentum in sgd and muon")
     matrix_lr: float | None = meaning(None, "Muon's learning rate of matrices; null takes lr", gt=0)
     relative_step: bool = meaning(False, "Adafactor's own learning-rate rule")
+    fused: Literal["auto", "apex", "torch"] = free(
+        "auto", "Fused kernels of adam and adamw: NVIDIA apex's where it is installed and there is a GPU, or torch's"
+    )
     matmul: Literal["auto", "fp32"] = meaning(
         "auto", "Number format of muon's products: bf16 where the device is fast in it, or the weights' own"
     )
@@ -242,6 +248,23 @@ class ParallelConfig(Strict):
         return value
 
 
+Place = Literal["none", "cpu", "nvme"]
+
+
+class DeepSpeedConfig(Strict):
+    """`deepspeed`: what the engine of that name is told beyond layout, batch, precision, clipping and optimizer."""
+
+    offload_optimizer: Place | None = free(
+        None, "Where float32 masters and the optimizer are kept; null is cpu under parallel.offload, else none"
+    )
+    offload_parameters: Place = free("none", "Where parameters are kept between uses; ZeRO 3 alone")
+    nvme_path: str | None = free(None, "Folder on a fast local disk, for what is offloaded to nvme")
+    pin_memory: bool = free(True, "Offload to page-locked host memory, where there is a GPU")
+    overlap: bool | None = free(None, "Reduce gradients during the backward pass; null leaves it to DeepSpeed")
+    bucket: int = free(50_000_000, "Elements reduced or gathered at once", ge=1)
+    extra: dict[str, Any] = free({}, "More keys of DeepSpeed's own config, checked against its schema")
+
+
 class EvaluateConfig(Strict):
     """Validation on the prepared validation split."""
 
@@ -267,6 +290,25 @@ class GuardConfig(Strict):
     threshold: float = meaning(6.0, "Standard deviations above the running mean that make a spike", gt=0)
     window: int = meaning(100, "Steps the running mean and deviation look back over", ge=2)
     most: int = meaning(100, "Skips and roll-backs in all before the run stops", ge=1)
+
+
+class WatchConfig(Strict):
+    """`watch`: heartbeats of the ranks, the end of a run that stands still, and what is kept of a failing step."""
+
+    every: str = free("10s", "Time between two heartbeats of a rank: 2s, 10s, 1m")
+    timeout: str | None = free(
+        "10m",
+        "Longest time without progress, three times that until the first step is done; then a page says who holds the "
+        "others up, and all leave. Never more than 0.8 of parallel.timeout; null never",
+    )
+    capsules: bool = free(True, "Keep what `shardwright replay` needs of a step that fails")
+
+    @field_validator("every", "timeout")
+    @classmethod
+    def _check_duration(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_duration(value)
+        return value
 
 
 class LogConfig(Strict):
@@ -301,10 +343,15 @@ class Config(Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
+    engine: Literal["native", "deepspeed", "accelerate"] = free(
+        "native", "Who owns the step: PyTorch's own parts, or an engine that carries data parallelism and ZeRO"
+    )
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
+    watch: WatchConfig = WatchConfig()
 
     def check_batch(self) -> None:
         """ConfigError unless the micro-batch divides the global batch, at every level of a ramp."""

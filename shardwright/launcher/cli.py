@@ -23,6 +23,8 @@ import typer
 from shardwright import __version__
 from shardwright.config import ConfigError, RunError, apply_override
 from shardwright.launcher.early import leaving_at_once
+from shardwright.launcher.leash import on_leash
+from shardwright.launcher.network import choose_interface
 from shardwright.launcher.world import enter_world
 from shardwright.log import get_logger
 
@@ -56,6 +58,7 @@ def _version(wanted: bool) -> None:
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it")] = False,
     show_traceback: Annotated[bool, typer.Option(TRACEBACK, help="Show an error's traceback; goes anywhere")] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,  # deepspeed's launcher adds it
 ) -> None:
     """Options of every command."""
 
@@ -108,7 +111,7 @@ def train(
         return
     if small and not debugging:
         raise ConfigError("--small: goes with --debug")
-    enter_world()
+    choose_interface(enter_world())
     if as_json:
         get_logger().setLevel(logging.WARNING)
     if debugging:
@@ -116,13 +119,45 @@ def train(
 
         result = debug(resolved, small=small)
     else:
+        from shardwright.planner.stall_page import write_page
         from shardwright.train.run import train as run
 
-        result = run(resolved)
+        result = run(resolved, write_page)
     if as_json:
         print(json.dumps(result.as_dict()))
     if result.stopped:
         raise typer.Exit(STOPPED)
+
+
+@app.command(epilog="Example: shardwright launch --nproc 4 configs/english.yaml parallel.tensor=2")
+def launch(
+    config: Annotated[str, typer.Argument(help="Config file, or the name of a shipped config")],
+    overrides: Overrides = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes of each host; default its GPUs, else 1")] = None,
+    hosts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Hosts to use over ssh: NAME [slots=N] a line")
+    ] = None,
+    min_nodes: Annotated[int | None, typer.Option(help="Go on with so many hosts after a loss; default all")] = None,
+    restarts: Annotated[int, typer.Option(min=0, help="Starts after a loss, from the newest checkpoint")] = 3,
+    grace: Annotated[
+        str, typer.Option(help="After SIGTERM, SIGUSR1 or Ctrl-C: time to finish the step and save")
+    ] = "60s",
+    lost_after: Annotated[str, typer.Option(help="A host that says nothing for so long is lost")] = "30s",
+    rejoin: Annotated[str, typer.Option(help="How often to look whether a lost host is back; or never")] = "5m",
+    wait: Annotated[str, typer.Option(help="How long to wait for hosts where fewer than needed are left")] = "10m",
+    env: Annotated[list[str] | None, typer.Option(help="Variable to hand to the other hosts; repeat")] = None,
+    python: Annotated[str, typer.Option(help="Python on the other hosts", show_default="this one")] = sys.executable,
+    ssh: Annotated[str | None, typer.Option(help="ssh program and its options", show_default="ssh")] = None,
+) -> None:
+    """Train in several processes, on this machine or on hosts, and start again when one is lost."""
+    from shardwright.launcher.launch import Options
+    from shardwright.launcher.launch import launch as start
+
+    options = Options(
+        processes=nproc, hosts=hosts, min_hosts=min_nodes, restarts=restarts, grace=grace, lost_after=lost_after,
+        rejoin=rejoin, wait=wait, pass_on=env or (), python=python, ssh=ssh,
+    )  # fmt: skip
+    raise typer.Exit(start(config, overrides or (), options))
 
 
 @app.command(name="eval", epilog="Example: shardwright eval runs/english")
@@ -189,11 +224,29 @@ def verify(
 
     if as_json:
         get_logger().setLevel(logging.WARNING)
-    enter_world()
+    choose_interface(enter_world())
     if output is not None:
         check_place(output)
     report = run(read_config(config, overrides or ()), steps=steps, number_format=number_format, tell=tell)
     raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command(epilog="Example: shardwright replay runs/english/capsules/step_00000123")
+def replay(
+    capsule: Annotated[Path, typer.Argument(help="Folder of a failing step, below capsules/ of a run")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Run a saved failing step again, in one process; name the module that failed, or raise what was raised."""
+    from shardwright.train.replay import replay as run
+
+    if as_json:
+        get_logger().setLevel(logging.WARNING)
+    answer = run(capsule, overrides or ())
+    if answer.error is not None and TRACEBACK in sys.argv:
+        traceback.print_exception(answer.error)
+    print(json.dumps(answer.as_dict()) if as_json else answer.text)
+    raise typer.Exit(0 if answer.reproduced else 1)
 
 
 @app.command(epilog="Example: shardwright layouts configs/english.yaml --world 8")
@@ -240,7 +293,7 @@ def schema() -> None:
 
 def main() -> None:
     """Entry point: run a command and turn a user's mistake into one line."""
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(on_leash(lambda: run(sys.argv[1:])))
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -11,17 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardwright.config import Config
-from shardwright.parallel.refusals import (
-    DEGREES,
-    SETTINGS,
-    Facts,
-    describe,
-    fitting_layouts,
-    layout_warnings,
-    nearest_layouts,
-    refusals,
-    table,
-)
+from shardwright.parallel.proposals import DEGREES, SETTINGS, describe, fitting_layouts, nearest_layouts
+from shardwright.parallel.refusals import Facts, layout_warnings, refusals, table
 from shardwright.train.layout import build_facts
 from shardwright.train.preview import planned_world
 

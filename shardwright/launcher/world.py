@@ -171,13 +171,13 @@ def _by_slurm(environment: Mapping[str, str]) -> Place | None:
         return None
     rank, size = _number(environment, "SLURM_PROCID", 0), _slurm_tasks(environment)
     host = _number(environment, "SLURM_NODEID", 0)
-    local = _tasks_by_host(environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", "")))
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", ""))
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     master = environment.get("MASTER_ADDR") or (first_host(nodes) if nodes else None)
     number = _number(environment, "SLURM_JOB_ID", 0) * 7 + _number(environment, "SLURM_STEP_ID", 0)
     port = _number(environment, "MASTER_PORT", 0) or FIRST_PORT + number % PORTS
-    here = local[host] if host < len(local) else None
-    return Place("srun", rank, size, _number(environment, "SLURM_LOCALID", 0), here, master, port)
+    local = _number(environment, "SLURM_LOCALID", 0)
+    return Place("srun", rank, size, local, _tasks_on(tasks, host), master, port)
 
 
 def _in_step(environment: Mapping[str, str]) -> bool:
@@ -190,12 +190,13 @@ def _slurm_tasks(environment: Mapping[str, str]) -> int:
     return _number(environment, "SLURM_STEP_NUM_TASKS", _number(environment, "SLURM_NTASKS", 1))
 
 
-def _tasks_by_host(text: str) -> list[int]:
-    """`2(x3),1` -> [2, 2, 2, 1]."""
-    counts: list[int] = []
+def _tasks_on(text: str, host: int) -> int | None:
+    """Tasks of a host by SLURM's list: the fourth, number 3, of `2(x3),1` has 1; None where the list is shorter."""
     for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
-        counts += [int(tasks)] * int(times or 1)
-    return counts
+        host -= int(times or 1)
+        if host < 0:
+            return int(tasks)
+    return None
 
 
 def _agreed(places: list[Place], environment: Mapping[str, str]) -> Place:

@@ -156,7 +156,7 @@ def join_world(device: str, threads: int | None, parallel: ParallelConfig) -> It
     try:
         yield world
     finally:
-        if world.size > 1 and not before and dist.is_initialized():
+        if not before and dist.is_initialized():  # one process has a group too where an engine made it
             dist.destroy_process_group()
             # Answers are remembered by how a mesh looks, with the mesh that it was first; the next run of this process
             # would communicate through groups of this one.

@@ -9,7 +9,7 @@ and takes their norm; nothing here reads a value on the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -75,6 +75,10 @@ class Masters:
         """Bring the model's copies up to date with the masters, after a step or a load."""
         if self._copies is not self._weights:
             self._copies.copy_(self._weights)
+
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """`weights`, which are the masters themselves, were filled from a checkpoint."""
+        self.publish()
 
     def clear(self) -> None:
         """Forget the gradients: the next one of each parameter replaces what is there."""

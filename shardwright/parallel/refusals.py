@@ -1,22 +1,17 @@
 """What cannot work, in one table: each row a rule with its reason, held before any process builds anything.
 
 Rows are pure functions of `Facts`; nothing here looks at a device or a group. Some of what is refused torch 2.13 would
-run and get silently wrong, and a refusal is all that stands between a user and that. `nearest_layouts` searches every
-layout of the same number of processes for those that no row refuses. Printed by `shardwright layouts`.
+run and get silently wrong, and a refusal is all that stands between a user and that. proposals.py looks for layouts
+that no row refuses. Printed by `shardwright layouts`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from bisect import insort
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import product
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from shardwright.config import ConfigError
 from shardwright.parallel.context import fits_context, nearest_length
 from shardwright.parallel.stages import SCHEDULES, check_micro_batches, check_virtual
 
@@ -56,10 +51,20 @@ class Facts:
     offload: bool = False
     offload_activations: bool = False
     device: str = "cpu"
+    optimizer: str = "adamw"
+    # The engine, and where DeepSpeed keeps its optimizer and parameters: none, cpu or nvme.
+    engine: str = "native"
+    optimizer_place: str = "none"
+    parameter_place: str = "none"
 
     def num_micro_batches(self, batch: int, micro: int | None = None) -> int:
         """Micro-batches of each data rank in a step of `batch` sequences; the last ones may be padding."""
         return math.ceil(math.ceil(batch / self.data) / (micro or self.micro))
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether DeepSpeed keeps optimizer or parameters elsewhere."""
+        return self.engine == "deepspeed" and (self.optimizer_place, self.parameter_place) != ("none", "none")
 
     @property
     def splits_backward(self) -> bool:
@@ -86,8 +91,13 @@ def _world(f: Facts) -> str | None:
     )
 
 
+def shards_fit(f: Facts) -> bool:
+    """Whether the ranks that share one sharded copy divide the data ranks."""
+    return f.zero == 0 or f.shard is None or f.data % f.shard == 0
+
+
 def _shard(f: Facts) -> str | None:
-    if f.zero == 0 or f.shard is None or f.data % f.shard == 0:
+    if shards_fit(f):
         return None
     return f"parallel.shard={f.shard}: does not divide the {f.data} data ranks"
 
@@ -218,8 +228,73 @@ def _ring(f: Facts) -> str | None:
     return None
 
 
+def _engine(f: Facts) -> str | None:
+    degrees = {"tensor": f.tensor, "pipeline": f.pipeline, "context": f.context}
+    asked = [f"parallel.{axis}={degree}" for axis, degree in degrees.items() if degree > 1]
+    if f.engine == "native" or not asked:
+        return None
+    return f"engine={f.engine}: carries data parallelism and ZeRO alone, not {' and '.join(asked)}; use engine=native"
+
+
+def _engine_fp16(f: Facts) -> str | None:
+    if (f.engine, f.device, f.precision) != ("deepspeed", "cpu", "fp16"):
+        return None
+    return "precision.compute=fp16: DeepSpeed has no fp16 on a CPU; use bf16 or engine=native"
+
+
+def _engine_precision(f: Facts) -> str | None:
+    if f.engine != "native" and f.precision == "fp64":
+        return f"precision.compute=fp64: engine={f.engine} has no float64; use fp32 or engine=native"
+    if f.engine == "deepspeed" and f.zero == 0 and f.precision in ("bf16", "fp16"):
+        return (
+            f"parallel.zero=0: DeepSpeed adds up gradients in {f.precision} there, not in float32; use parallel.zero=1"
+        )
+    if f.engine == "accelerate" and f.zero == 0 and f.world > 1 and f.precision != "fp32":
+        return (
+            f"parallel.zero=0: Accelerate's DDP has {f.precision} by autocast alone, which casts elsewhere than one "
+            "process does; use parallel.zero=1"
+        )
+    return None
+
+
+ELEMENTWISE = ("adamw", "adam", "sgd")
+
+
+def _engine_optimizer(f: Facts) -> str | None:
+    if f.engine != "deepspeed" or f.optimizer in ELEMENTWISE:
+        return None
+    return (
+        f"optimizer.name={f.optimizer}: needs whole tensors, and DeepSpeed shards them as one flat buffer; use "
+        f"{', '.join(ELEMENTWISE)} or engine=native"
+    )
+
+
+def _engine_shard(f: Facts) -> str | None:
+    if f.engine == "native" or f.shard in (None, f.data) or f.zero == 0:
+        return None
+    return f"parallel.shard={f.shard}: engine={f.engine} shards over all data ranks; drop the key or use engine=native"
+
+
+def _engine_compile(f: Facts) -> str | None:
+    if f.engine != "deepspeed" or f.zero != 3 or not f.compile:
+        return None
+    return "train.compile: DeepSpeed's hooks at ZeRO 3 stand inside of blocks; use train.compile=false"
+
+
+def _engine_places(f: Facts) -> str | None:
+    if f.engine != "deepspeed":
+        return None
+    if f.parameter_place != "none" and f.zero != 3:
+        return f"deepspeed.offload_parameters={f.parameter_place}: DeepSpeed does so at ZeRO 3 alone; parallel.zero=3"
+    if f.optimizer_place == "nvme" and f.zero != 3:
+        return "deepspeed.offload_optimizer=nvme: DeepSpeed does so at ZeRO 3 alone; use parallel.zero=3 or cpu"
+    if f.optimizer_place != "none" and f.zero == 0:
+        return f"deepspeed.offload_optimizer={f.optimizer_place}: DeepSpeed has it from ZeRO 1 on; use parallel.zero=1"
+    return None
+
+
 def _offload(f: Facts) -> str | None:
-    if not f.offload or f.world > 1:
+    if not f.offload or f.world > 1 or f.engine == "deepspeed":
         return None
     return "parallel.offload: one process keeps its masters beside the model; use parallel.offload=false"
 
@@ -272,6 +347,17 @@ ROWS: tuple[Row, ...] = (
         "memory and pipelines",
         _ring,
     ),
+    Row("engine", "deepspeed and accelerate carry data parallelism and ZeRO alone", _engine),
+    Row("deepspeed fp16", "DeepSpeed has no fp16 on a CPU", _engine_fp16),
+    Row(
+        "engine's formats",
+        "none has float64; bf16 and fp16 with float32 sums from ZeRO 1 on",
+        _engine_precision,
+    ),
+    Row("deepspeed optimizers", "its flat shards carry adamw, adam and sgd", _engine_optimizer),
+    Row("engine's shards", "over all data ranks", _engine_shard),
+    Row("deepspeed ZeRO 3 compiled", "its hooks stand inside of the blocks", _engine_compile),
+    Row("deepspeed offload", "of the optimizer from ZeRO 1 on; of parameters, and to nvme, at ZeRO 3", _engine_places),
     Row("offload", "one process keeps its masters beside the model", _offload),
     Row("attention dropout", "its masks depend on the layout: each rank draws its own", _attention_dropout, warns=True),
     Row("settings without effect", "those of a pipeline or ring not there, of shards at ZeRO 0", _unused, warns=True),
@@ -291,150 +377,3 @@ def refusals(facts: Facts) -> list[str]:
 def layout_warnings(facts: Facts) -> list[str]:
     """What works, but a user should know."""
     return [reason for row in ROWS if row.warns and (reason := row.check(facts))]
-
-
-def check_layout(facts: Facts) -> None:
-    """ConfigError with every reason and the nearest layouts that fit, unless this one does."""
-    reasons = refusals(facts)
-    if not reasons:
-        return
-    near = [describe(layout, facts) for layout in nearest_layouts(facts)]
-    found = f"nearest that fit: {' or '.join(near)}" if near else f"no other layout of a world of {facts.world} fits"
-    raise ConfigError(f"{'; '.join(reasons)}; {found}")
-
-
-DEGREES = ("data", "context", "tensor", "pipeline")
-SETTINGS = ("shard", "zero", "schedule", "stages", "sequence", "ring")
-
-
-def describe(layout: Facts, asked: Facts | None = None) -> str:
-    """Degrees over 1 as config keys, and the settings in which `layout` differs from `asked`."""
-    degrees = [f"{axis}={getattr(layout, axis)}" for axis in DEGREES if getattr(layout, axis) > 1] or ["data=1"]
-    changed = {key: getattr(layout, key) for key in SETTINGS if key in _changes(layout, asked or layout)}
-    return " ".join(degrees + [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changed.items()])
-
-
-def nearest_layouts(facts: Facts, limit: int = 3) -> list[Facts]:
-    """At most `limit` layouts of the same world that no row refuses, the most like `facts` first.
-
-    A setting (ZeRO stage, schedule, ...) is changed only where the degrees do not fit without.
-    """
-    found: list[tuple[float, int, Facts]] = []
-    number = 0
-    for far, degrees in sorted((_distance(facts, d), d) for d in factorisations(facts.world, len(DEGREES))):
-        bound = found[limit - 1][0] if len(found) >= limit else math.inf
-        if far >= bound:
-            break
-        fitting: list[Facts] = []
-        for cost, layout in _settings(_with_degrees(facts, degrees)):
-            if far + cost >= bound or len(fitting) == limit:
-                break
-            changes = _changes(layout, facts)
-            if any(_changes(other, facts) <= changes for other in fitting) or refusals(layout):
-                continue
-            fitting.append(layout)
-            number += 1
-            insort(found, (far + cost, number, layout))
-    return [layout for _, _, layout in found[:limit]]
-
-
-def fitting_layouts(facts: Facts) -> list[Facts]:
-    """Every layout of the world that fits, in a fixed order: all degrees with all settings that matter to them."""
-    layouts = [
-        layout
-        for degrees in factorisations(facts.world, len(DEGREES))
-        for _, layout in _settings(_with_degrees(facts, degrees))
-        # One rank alone has nothing to share out: it is listed once.
-        if (layout.zero == 0 or layout.data * layout.context > 1) and not refusals(layout)
-    ]
-    return sorted(layouts, key=_order)
-
-
-def _order(f: Facts) -> tuple[int, ...]:
-    schedule = list(SCHEDULES).index(f.schedule)
-    return (f.pipeline, f.tensor, f.context, f.data, f.zero, schedule, f.stages, int(not f.sequence))
-
-
-@lru_cache
-def factorisations(number: int, count: int) -> tuple[tuple[int, ...], ...]:
-    """Every way to write `number` as an ordered product of `count` factors."""
-    if count == 1:
-        return ((number,),)
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return tuple((d, *rest) for d in divisors for rest in factorisations(number // d, count - 1))
-
-
-def _with_degrees(facts: Facts, degrees: tuple[int, ...]) -> Facts:
-    data, context, tensor, pipeline = degrees
-    return replace(facts, data=data, context=context, tensor=tensor, pipeline=pipeline)
-
-
-def _distance(facts: Facts, degrees: tuple[int, ...]) -> float:
-    """Doublings and halvings between two sets of degrees; of the data degree, which mostly fills up, half as many."""
-    far = 0.0
-    for axis, degree in zip(DEGREES, degrees, strict=True):
-        far += (0.5 if axis == "data" else 1.0) * abs(math.log2(degree / getattr(facts, axis)))
-    return round(far, 6)
-
-
-def _changes(layout: Facts, asked: Facts) -> set[str]:
-    """Settings that differ."""
-    return {key for key in SETTINGS if getattr(layout, key) != getattr(asked, key)}
-
-
-def _settings(facts: Facts) -> Iterator[tuple[float, Facts]]:
-    """`facts` with each choice of the settings that matter to its degrees, cheapest change first, and its cost."""
-    choices = product(_shards(facts), _zeros(facts), _schedules(facts), _sequences(facts), _rings(facts))
-    costed = [(round(sum(cost for cost, _ in choice), 6), choice) for choice in choices]
-    for cost, choice in sorted(costed, key=lambda pair: pair[0]):
-        changed: dict[str, Any] = {}
-        for _, keys in choice:
-            changed |= keys
-        yield cost, replace(facts, **changed)
-
-
-_Choice = tuple[float, dict[str, Any]]
-
-
-def _shards(facts: Facts) -> list[_Choice]:
-    """As asked; else the divisor of the data ranks nearest to it."""
-    asked: _Choice = (0.0, {})
-    if not _shard(facts):
-        return [asked]
-    assert facts.shard is not None
-    wanted = facts.shard
-    near = min((d for d in range(1, facts.data + 1) if facts.data % d == 0), key=lambda d: (abs(d - wanted), d))
-    return [asked, (0.2, {"shard": near})]
-
-
-def _zeros(facts: Facts) -> list[_Choice]:
-    # Of two as near, the one that shards less.
-    return [(0.3 * abs(z - facts.zero) + 0.05 * (z > facts.zero), {"zero": z}) for z in range(4)]
-
-
-def _schedules(facts: Facts) -> list[_Choice]:
-    if facts.pipeline == 1:
-        return [(0.0, {})]
-    asked = SCHEDULES[facts.schedule].placement
-    choices: list[_Choice] = [(0.0, {})]
-    for name, schedule in SCHEDULES.items():
-        cost = 0.0 if name == facts.schedule else 0.4 if schedule.placement == asked else 0.6
-        counts = {"single": {1}, "v": {2}, "loop": {1, 2, facts.stages}}[schedule.placement]
-        choices += [
-            (cost + 0.2 * abs(n - facts.stages), {"schedule": name, "stages": n})
-            for n in sorted(counts)
-            if (name, n) != (facts.schedule, facts.stages)
-        ]
-    return choices
-
-
-def _sequences(facts: Facts) -> list[_Choice]:
-    if facts.tensor == 1 or not facts.sequence:
-        return [(0.0, {})]
-    return [(0.0, {}), (0.3, {"sequence": False})]
-
-
-def _rings(facts: Facts) -> list[_Choice]:
-    if facts.context == 1 or not facts.ring:
-        return [(0.0, {})]
-    return [(0.0, {}), (0.3, {"ring": False})]

@@ -149,6 +149,10 @@ class ShardedMasters:
             self.tied.follow()
         reshard(self._wrapped)
 
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """`weights`, which share the memory of the parts, were filled from a checkpoint."""
+        self.publish()
+
     def clear(self) -> None:
         """Forget the gradients."""
         for part in self.parts.values():

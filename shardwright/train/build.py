@@ -25,6 +25,7 @@ from shardwright.objective.causal import Causal
 from shardwright.objective.table import OBJECTIVES
 from shardwright.parallel.mesh import World
 from shardwright.parallel.precision import FORMATS, LossScaler, Masters, master_format
+from shardwright.train.engines import build_engine
 from shardwright.train.evaluate import Validation
 from shardwright.train.guard import SpikeDetector
 from shardwright.train.layout import build_masters, build_stages, wants_compile
@@ -153,8 +154,11 @@ def build_step(config: Config, world: World) -> Step:
     objective = build_objective(config)
     if wants_compile(config):
         objective.compile()
-    stages = build_stages(config, world, objective)
-    masters, optimizer = _build_optimizer(config, stages)
+    if config.engine == "native":
+        stages = build_stages(config, world, objective)
+        masters, optimizer = _build_optimizer(config, stages)
+    else:
+        stages, masters, optimizer = build_engine(config, world, objective)
     compute = FORMATS[config.precision.compute]
     scaler = LossScaler(
         config.precision.loss_scale, world.device, enabled=compute == torch.float16, dtype=master_format(compute)

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from shardwright.config import Config, ConfigError, ParallelConfig, RunError
+from shardwright.config import Config, ConfigError, DeepSpeedConfig, ParallelConfig, RunError
 from shardwright.log import get_logger
 from shardwright.parallel.mesh import world_size
-from shardwright.parallel.refusals import Facts, describe
+from shardwright.parallel.proposals import describe
+from shardwright.parallel.refusals import Facts
 from shardwright.train.layout import build_facts
 from shardwright.train.preview import planned_world
 from shardwright.train.result import Result
@@ -54,10 +55,11 @@ def debug(config: Config, *, small: bool = False) -> Result:
 
 
 def debug_config(config: Config, *, small: bool = False) -> Config:
-    """The same run in one process: no layout, STEPS steps, deterministic, uncompiled, a run folder of its own."""
+    """The same run natively in one process: no layout, STEPS steps, deterministic, uncompiled, in its own folder."""
     found = config.model_copy(deep=True)
     found.run = str(_fresh_folder(Path(config.run or "runs/run")))
     found.parallel = ParallelConfig(check_tied=config.parallel.check_tied, timeout=config.parallel.timeout)
+    found.engine, found.deepspeed = "native", DeepSpeedConfig()
     length: dict[str, Any] = {"steps": STEPS, "tokens": None, "budget": None}
     found.train = config.train.model_copy(
         update={**length, "deterministic": True, "compile": False, "offload_activations": False}
@@ -65,6 +67,7 @@ def debug_config(config: Config, *, small: bool = False) -> Config:
     found.data.workers = 0  # so that pdb and tracebacks are this process's
     found.log = config.log.model_copy(update={"every": 1, "tensorboard": False, "wandb": None, "profile": None})
     found.checkpoint.asynchronous = False
+    found.watch = found.watch.model_copy(update={"timeout": None})  # pdb waits for a person
     if small:
         _shrink(found)
     found.check_batch()

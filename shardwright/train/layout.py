@@ -32,6 +32,7 @@ from shardwright.parallel.ring import Ring, apply_ring, check_device
 from shardwright.parallel.stages import SCHEDULES, keep_layers, layer_costs, split_layers, stage_indices
 from shardwright.parallel.tensor import apply_tensor, localize_head
 from shardwright.parallel.zero import ShardedMasters, TiedWeight, apply_zero
+from shardwright.train.optim.apex import apply_fused_norms, wants_apex
 from shardwright.train.stages import Cut, Loop, LossModel, Stages, whole
 
 LAYOUT_KEYS = {"shard", "context", "ring", "tensor", "pipeline", "zero", "schedule", "sequence", "offload"}
@@ -85,7 +86,16 @@ def build_facts(config: Config, size: int) -> Facts:
         masked=config.data.mask_documents,
         offload_activations=config.train.offload_activations,
         device=config.train.device,
+        optimizer=config.optimizer.name,
+        engine=config.engine,
+        optimizer_place=optimizer_place(config),
+        parameter_place=config.deepspeed.offload_parameters,
     )
+
+
+def optimizer_place(config: Config) -> str:
+    """Where DeepSpeed keeps masters and optimizer: none, cpu or nvme."""
+    return config.deepspeed.offload_optimizer or ("cpu" if config.parallel.offload else "none")
 
 
 def num_virtual(config: Config) -> int:
@@ -221,8 +231,11 @@ def blocks_of(model: LanguageModel) -> list[nn.Module]:
 def apply_blocks(model: LanguageModel, config: Config, world: World) -> None:
     """Recomputation, compilation and offload of every block, in their order."""
     blocks = blocks_of(model)
+    norms, compiled = config.train.fused_norms, wants_compile(config)
+    if (norms == "apex" or not compiled) and wants_apex("train.fused_norms", norms, world.device):
+        apply_fused_norms(model.modules())
     apply_recompute(blocks, config.train.recompute, compiled=False)
-    if wants_compile(config):
+    if compiled:
         for block in blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, options=ROUNDING)
     apply_recompute(blocks, config.train.recompute, compiled=True)
@@ -238,6 +251,8 @@ def wants_compile(config: Config) -> bool:
     if config.parallel.pipeline > 1 and SCHEDULES[config.parallel.schedule].splits_backward:
         return False
     if config.parallel.ring and config.parallel.context > 1:
+        return False
+    if config.engine == "deepspeed" and config.parallel.zero == 3:
         return False
     found = shutil.which("g++") or shutil.which("clang++")
     if not found:

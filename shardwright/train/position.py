@@ -56,4 +56,4 @@ def apply_tensors(step: Step, tensors: dict[str, Tensor]) -> None:
     load_state_tensors(step.optimizer, part("optimizer"))
     step.scaler.load_state_tensors(part("loss_scale"))
     step.spikes.load_state_tensors(part("spikes"))
-    step.masters.publish()
+    step.masters.restore(part("model"))

@@ -11,7 +11,8 @@ from shardwright.estimate.share import Layout, Place, Work
 from shardwright.log import quantity
 from shardwright.model.count import num_flops, num_parameters
 from shardwright.parallel.mesh import choose_device, fixed_degrees, world_size
-from shardwright.parallel.refusals import Facts, check_layout, describe, layout_warnings
+from shardwright.parallel.proposals import check_layout, describe
+from shardwright.parallel.refusals import Facts, layout_warnings
 from shardwright.parallel.stages import stage_indices
 from shardwright.train.build import build_corpus, check_length, fit_to_corpus
 from shardwright.train.course import Course

@@ -7,14 +7,15 @@ all ranks share; the loop only walks. State that a restart needs is `Position` a
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from shardwright.checkpoint import CheckpointWriter, DamagedError, discard_newer, find_newest, load
+from shardwright.checkpoint import CheckpointError, CheckpointWriter, DamagedError, discard_newer, find_newest, load
 from shardwright.checkpoint.ranks import Ranks, open_ranks
 from shardwright.config import Config, RunError
 from shardwright.data.loader import Loader, StepBatch
@@ -24,7 +25,8 @@ from shardwright.model.count import num_flops, num_parameters
 from shardwright.parallel.mesh import World, join_world, world_size
 from shardwright.parallel.peers import watch_peers
 from shardwright.parallel.precision import FORMATS
-from shardwright.parallel.refusals import check_layout, layout_warnings
+from shardwright.parallel.proposals import check_layout
+from shardwright.parallel.refusals import layout_warnings
 from shardwright.train.build import (
     Corpus,
     build_corpus,
@@ -35,10 +37,12 @@ from shardwright.train.build import (
     fit_to_corpus,
     has_validation,
 )
+from shardwright.train.capsule import Kind, Scene, keep_verdict, keeping
 from shardwright.train.clock import Clock
 from shardwright.train.course import Course
 from shardwright.train.diagnose import first_nonfinite
 from shardwright.train.ending import Ending, tell
+from shardwright.train.engines import check_engine
 from shardwright.train.evaluate import Validation, evaluate
 from shardwright.train.folder import CHECKPOINTS, FolderLock, open_run_folder
 from shardwright.train.guard import DelayedRead
@@ -51,20 +55,25 @@ from shardwright.train.result import Result, read_result
 from shardwright.train.signals import Signals, lingering
 from shardwright.train.step import Outcome
 from shardwright.train.verdict import Verdict, judge
+from shardwright.train.watch import Tell, Watch
 from shardwright.train.writing import naming, writing
+
+LAST_SAVE_S = 30.0  # for a save in flight while a step fails: its checkpoint is the one to begin again from
 
 log = get_logger()
 
 
-def train(config: Config) -> Result:
+def train(config: Config, tell_stall: Tell | None = None) -> Result:
     """Train as `config` says, from the newest whole checkpoint of its run folder if there is one.
 
+    `tell_stall` writes the page of a run that stands still; a text without it.
     Raises ConfigError for what the user has to mend and RunError where the run cannot go on.
     """
     corpus = build_corpus(config)
     fit_to_corpus(config, corpus)
     facts = build_facts(config, world_size())
     check_layout(facts)
+    check_engine(config)
     with (
         join_world(config.train.device, config.train.threads, config.parallel) as world,
         lingering(world.size),
@@ -77,7 +86,10 @@ def train(config: Config) -> Result:
         checkpoint = _open_folder(config, corpus, ranks, lock)
         for warning in layout_warnings(facts) if world.leads else ():
             log.warning("%s", warning)
-        with Run(config, world, ranks, corpus, signals) as run:
+        with (
+            Watch(config, world, ranks, tell_stall) as watch,
+            Run(config, world, ranks, corpus, signals, watch) as run,
+        ):
             run.begin(checkpoint)
             run.loop()
             return run.finish()
@@ -100,7 +112,9 @@ def _open_folder(config: Config, corpus: Corpus, ranks: Ranks, lock: FolderLock)
 class Run:
     """One run as one rank sees it, between its start and its end."""
 
-    def __init__(self, config: Config, world: World, ranks: Ranks, corpus: Corpus, signals: Signals) -> None:
+    def __init__(
+        self, config: Config, world: World, ranks: Ranks, corpus: Corpus, signals: Signals, watch: Watch
+    ) -> None:
         self.config, self.world, self.ranks, self.corpus, self.signals = config, world, ranks, corpus, signals
         self.folder = folder = Path(config.run or "")
         self.ending = Ending(folder, corpus, world)
@@ -113,10 +127,13 @@ class Run:
         self.pending, self.energy = DelayedRead(), EnergyMeter(world.device)
         self.utilisation = self._utilisation()
         self.last: StepBatch | None = None
+        self.batch: StepBatch | None = None  # of the step under way
         self.data_seconds = 0.0
         self._saved_step = -1
         self._validation: Validation | None = None
         self._stack = ExitStack()
+        self.watch = watch
+        watch.where = self._where
 
     def __enter__(self) -> Run:
         enter = self._stack.enter_context
@@ -221,7 +238,7 @@ class Run:
         if self._owes_evaluation():
             self._evaluate(self.config.evaluate.max_tokens)
         while not self._is_over():
-            with self.profiler.step(self.position.step + 1):
+            with self.profiler.step(self.position.step + 1), keeping(self._scene):
                 self._one_step()
             self._after_step()
 
@@ -241,7 +258,10 @@ class Run:
 
     def _one_step(self) -> None:
         begin = time.monotonic()
-        batch = next(self.loader)
+        self.watch.enter("data")
+        self.batch = None
+        self.batch = batch = next(self.loader)
+        self.watch.enter("step")
         self.data_seconds += time.monotonic() - begin
         # Only attention's own dropout draws from this generator: keyed by the step, it survives a restart.
         torch.manual_seed((self.config.train.seed * 1_000_003 + self.position.step) % 2**63)
@@ -258,6 +278,14 @@ class Run:
         self.position.step += 1
         self.position.drawn += batch.count
         self.clock.finish_step(self.position, begin)
+        self.watch.steps += 1
+        self.watch.enter("between")
+
+    def _where(self) -> tuple[int, int, tuple[int, int] | None]:
+        """For the watch: the step under way, forward passes begun in it, and its sequences."""
+        drawn, step, plan = self.position.drawn, self.position.step, self.loader.plan
+        numbers = plan.numbers(drawn, plan.count(step, drawn))
+        return step + 1, max(m.passes for m in self.step.stages.models.values()), (int(numbers[0]), int(numbers[-1]))
 
     def _after_step(self) -> None:
         config, step = self.config, self.position.step
@@ -314,7 +342,11 @@ class Run:
 
     def _intervene(self, outcome: Outcome) -> bool:
         what = self._describe(outcome)
-        verdict = judge(outcome, self.config, interventions=self.position.interventions, what=what)
+        try:
+            verdict = judge(outcome, self.config, interventions=self.position.interventions, what=what)
+        except RunError:
+            self._keep("nonfinite" if outcome.overflow else "spike", what)
+            raise
         if verdict is Verdict.NORMAL:
             log.warning("%s; skipped, normal now and then; the loss scale was %g", what, outcome.loss_scale)
             return False
@@ -324,6 +356,34 @@ class Run:
             return True
         log.warning("%s; skipped", what)
         return False
+
+    def _scene(self) -> Scene | None:
+        """The step under way, for a capsule; None where none is wanted, or where it has no data yet."""
+        if self.batch is None or not self.config.watch.capsules:
+            return None
+        deadline = time.monotonic() + LAST_SAVE_S
+        while self.writer.is_saving and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return Scene(self.config, self.world, self.step, self.position, self.batch)
+
+    def _keep(self, kind: Kind, what: str) -> None:
+        """Keep the step before, which the run is stopped for; every rank comes here."""
+        if self.last is None or not self.config.watch.capsules:
+            return
+        with suppress(CheckpointError):  # it was logged when it happened
+            self.writer.wait()
+        progress = self.course.progress.state()
+        before = replace(self.position, step=self.position.step - 1, drawn=self.last.drawn, progress=progress)
+        scene = Scene(self.config, self.world, self.step, before, self.last)
+        with self.watch.during("save"):
+            keep_verdict(scene, kind, what, self._newest())
+
+    def rerun(self) -> str | None:
+        """One step as a replay takes it, without logs and verdicts; what was wrong with it, if anything."""
+        self._one_step()
+        self.outcome = Outcome.read(self.pending.take() or ())
+        bad = self.outcome.overflow or self.outcome.spike
+        return self._describe(self.outcome) if bad else None
 
     def _describe(self, outcome: Outcome) -> str:
         assert self.last is not None
@@ -396,25 +456,29 @@ class Run:
 
     def _evaluate(self, most: int | None) -> dict[str, float] | None:
         begin = time.monotonic()
+        self.watch.enter("evaluate")
         if self._validation is None:
             self._validation = build_validation(self.config, self.world)
         figures = evaluate(self.step.stages, self._validation, most, self._is_asked_to_stop)
         if figures is not None:
             self.metrics.log(self.position.step, figures)
+        self.watch.enter("between")
         self._logged_at += time.monotonic() - begin  # a pause is not part of the training rate
         return figures
 
     def _save(self) -> None:
         self.position.progress = self.course.progress.state()
         state = {"position": self.position.state()}
-        self.writer.save(checkpoint_tensors(self.step), state, step=self.position.step)
+        with self.watch.during("save"):
+            self.writer.save(checkpoint_tensors(self.step), state, step=self.position.step)
         self._saved_step = self.position.step
 
     def finish(self) -> Result:
         """The last evaluation, unless it was made before, and what to tell the user."""
         step, tokens = self.position.step, self.course.tokens(self.position)
         result = None if self.stopped else self._conclude(step, tokens)
-        self.writer.wait()
+        with self.watch.during("save"):
+            self.writer.wait()
         if result is None:
             reason = self.signals.received or "a rank"
             log.info("stopped by %s after step %d, all saved; the same command goes on", reason, step)
@@ -431,6 +495,7 @@ class Run:
         if figures is None:
             self.stopped = True
             return None
+        self.watch.enter("end")
         return self.ending.conclude(step, tokens, figures)
 
     def _is_asked_to_stop(self) -> bool:

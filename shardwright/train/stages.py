@@ -39,15 +39,17 @@ class LossModel(nn.Module):
         self.first, self.last = first, last
         self.number = torch.zeros((), dtype=torch.int64)
         self.scales: Mapping[str, Tensor] | None = None
+        self.passes = 0  # begun since `begin`: where in the step this stage is
         #: Turns hidden states and head into what this rank computes the loss with; a tensor axis puts its own here.
         self.localize: Callable[[Tensor, Head], tuple[Tensor, Head]] = lambda hidden, head: (hidden, head)
 
     def begin(self, number: Tensor, scales: Mapping[str, Tensor] | None = None) -> None:
         """Before the passes of a step: its number (0-dim int64), which keys what is random, and the terms' scales."""
-        self.number, self.scales = number, scales
+        self.number, self.scales, self.passes = number, scales, 0
 
     def forward(self, x: Tensor, **batch: Tensor) -> Tensor:
         """See the class."""
+        self.passes += 1
         inputs = Inputs(
             input_ids=batch["input_ids"],
             position_ids=batch.get("position_ids"),

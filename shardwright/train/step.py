@@ -7,13 +7,14 @@ No value of the device is read on the host here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from shardwright.parallel.logical import Logical
 from shardwright.parallel.precision import LossScaler
 from shardwright.train.guard import SpikeDetector
 from shardwright.train.optim import set_factor
@@ -39,9 +40,11 @@ class Outcome(NamedTuple):
 
 
 class Masters(Protocol):
-    """The float32 weights behind a model: `parallel.precision.Masters`, or `parallel.zero.ShardedMasters`."""
+    """The float32 weights behind a model: `parallel.precision.Masters`, `parallel.zero.ShardedMasters`, an engine's."""
 
-    weights: dict[str, Tensor]
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """By logical name: live, or a copy where an engine owns them."""
 
     def clear(self) -> None:
         """Forget the gradients."""
@@ -60,6 +63,17 @@ class Masters(Protocol):
 
     def publish(self) -> None:
         """The weights have changed."""
+
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """`weights`, as this object gave them, were filled from a checkpoint: bring them into force."""
+
+
+@runtime_checkable
+class GivesCopies(Protocol):
+    """Masters of an engine, which shows what it holds by copies alone."""
+
+    def copies(self, kind: str) -> dict[str, tuple[Logical, Tensor]]:
+        """This rank's part of every `gradient` (before clipping) or `weight`; every rank has to ask."""
 
 
 class Step:

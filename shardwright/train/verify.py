@@ -35,16 +35,18 @@ from shardwright.model.families import build_model
 from shardwright.parallel.logical import Logical
 from shardwright.parallel.mesh import World, join_world, world_size
 from shardwright.parallel.peers import watch_peers
-from shardwright.parallel.refusals import check_layout, layout_warnings
+from shardwright.parallel.proposals import check_layout
+from shardwright.parallel.refusals import layout_warnings
 from shardwright.parallel.zero import ShardedMasters
 from shardwright.train.build import build_corpus, build_loader, build_step, fit_to_corpus
 from shardwright.train.compare import BOUNDS, Bounds, Figure, Kind, Pair, Report, StepReport, judged
 from shardwright.train.course import Course
+from shardwright.train.engines import check_engine
 from shardwright.train.layout import build_facts
 from shardwright.train.optim import Muon
 from shardwright.train.position import Position
 from shardwright.train.signals import lingering
-from shardwright.train.step import Outcome, Step
+from shardwright.train.step import GivesCopies, Outcome, Step
 from shardwright.train.writing import writing
 
 FORMATS = ("fp32", "fp64", "config")
@@ -70,6 +72,7 @@ def verify(
     alone, spread = comparable(config, number_format)
     facts = build_facts(spread, world_size())
     check_layout(facts)
+    check_engine(spread)
     steps, bounds = min(steps, Course(spread).steps or steps), BOUNDS[spread.precision.compute]
     begin = time.monotonic()
     with (
@@ -129,10 +132,11 @@ def comparable(config: Config, number_format: str) -> tuple[Config, Config]:
                 "train": train.model_copy(update=changed),
                 "precision": config.precision.model_copy(update={"compute": wanted}),
                 "parallel": parallel,
+                "engine": engine,
             },
             deep=True,
         )
-        for parallel in (ParallelConfig(), config.parallel)
+        for parallel, engine in ((ParallelConfig(), "native"), (config.parallel, config.engine))
     )
     return alone, spread
 
@@ -155,9 +159,19 @@ class Held(NamedTuple):
         return self.local if kind == "weight" else _gradient(self.local)
 
 
-def held_parts(step: Step) -> dict[str, Held]:
-    """This rank's part of every weight by logical name."""
+class Copied(Held):
+    """A `Held` of an engine: `local` is a copy of the gradient or weight that was asked for."""
+
+    def value(self, kind: Kind) -> Tensor:
+        """The copy."""
+        return self.local
+
+
+def held_parts(step: Step, kind: Kind) -> dict[str, Held]:
+    """This rank's part of every weight by logical name; an engine gives copies of `kind`, and all ranks have to ask."""
     masters = step.masters
+    if isinstance(masters, GivesCopies):
+        return {name: Copied(*part, counts=True) for name, part in masters.copies(kind).items()}
     if not isinstance(masters, ShardedMasters):
         return {name: Held(Logical.whole(weight), weight, True) for name, weight in masters.weights.items()}
     tied = masters.tied
@@ -263,11 +277,11 @@ class Trial:
     def run(self, count: int, advance: Callable[[], None], folder: Path | None = None) -> list[StepReport]:
         """Walk, and compare with what one process left in `folder`, where there is one."""
         walk = Walk(self.config, self.world)
-        held = held_parts(walk.step)
         reports: list[StepReport] = []
         gradients: tuple[Figure, ...] = ()
         for number, kind, outcome in walk.steps(count):
             scale = float(walk.step.scaler.scale) if kind == "gradient" else 1.0
+            held = held_parts(walk.step, kind)
             if self.config.train.deterministic:
                 self.digests[number, kind] = {name: _digest(part.value(kind)) for name, part in held.items()}
             if folder is not None:

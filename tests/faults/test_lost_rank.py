@@ -3,7 +3,6 @@
 Also before the ranks have met, where torchrun's report names it, and in `verify`.
 """
 
-import datetime
 import os
 import re
 import signal
@@ -23,8 +22,6 @@ from tests.equivalence.cells import config
 MARK = "SHARDWRIGHT_TEST_MARK"
 SIZE = 4
 LIMIT_S = 30.0
-# Each costs half a minute: all of them in continuous integration, another one every day elsewhere.
-KILLED = range(SIZE) if os.environ.get("CI") else [datetime.date.today().toordinal() % SIZE]
 
 
 def marked(mark: str) -> dict[int, dict[str, str]]:
@@ -91,7 +88,7 @@ pytestmark = [
 GONE = r"shardwright: rank {rank} on \S+ \(pid \d+\) is gone: killed or crashed"
 
 
-@pytest.mark.parametrize("rank", KILLED)
+@pytest.mark.parametrize("rank", range(SIZE))
 def test_killing_a_rank_leaves_nothing_but_a_message(rank, prepared, tmp_path):
     raw = config(prepared, tmp_path / "run")
     raw["train"] |= {"steps": 100_000}

@@ -11,19 +11,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shardwright.config import ConfigError
-from shardwright.parallel.refusals import (
+from shardwright.parallel.proposals import (
     DEGREES,
-    ROWS,
-    Facts,
     check_layout,
     describe,
     factorisations,
     fitting_layouts,
-    layout_warnings,
     nearest_layouts,
-    refusals,
-    table,
 )
+from shardwright.parallel.refusals import ROWS, Facts, layout_warnings, refusals, table
 from shardwright.parallel.stages import SCHEDULES
 
 GPT2 = Facts(
@@ -103,6 +99,30 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({**RING, "offload_activations": True}, "parallel.ring: .* use train.offload_activations=false or"),
         ({**RING, "pipeline": 2}, "parallel.ring: .* use parallel.pipeline=1 or"),
     ],
+    "engine": [
+        ({"engine": "deepspeed", "tensor": 2}, "engine=deepspeed: .* not parallel.tensor=2"),
+        ({"engine": "accelerate", "context": 2, "pipeline": 2}, "engine=acc.* not parallel.pipeline=2 and p"),
+    ],
+    "deepspeed fp16": [({"engine": "deepspeed", "precision": "fp16", "data": 2}, "precision.compute=fp16: ")],
+    "engine's formats": [
+        ({"engine": "deepspeed", "precision": "fp64", "data": 2}, "precision.compute=fp64: engine=deepspeed "),
+        ({"engine": "accelerate", "precision": "fp64", "data": 2}, "precision.compute=fp64: engine=accelerate "),
+        ({"engine": "deepspeed", "precision": "bf16", "data": 2, "zero": 0}, "parallel.zero=0: .* parallel.zero=1"),
+        ({"engine": "accelerate", "precision": "bf16", "data": 2, "zero": 0}, "parallel.zero=0: .* parallel.zero=1"),
+    ],
+    "deepspeed optimizers": [({"engine": "deepspeed", "optimizer": "muon", "data": 2}, "optimizer.name=muon: ")],
+    "engine's shards": [
+        ({"engine": "deepspeed", "data": 4, "shard": 2}, "parallel.shard=2: engine=deepspeed "),
+        ({"engine": "accelerate", "data": 4, "shard": 2}, "parallel.shard=2: engine=accelerate "),
+    ],
+    "deepspeed ZeRO 3 compiled": [
+        ({"engine": "deepspeed", "data": 2, "zero": 3, "compile": True}, "train.compile: .* use train.compile=false")
+    ],
+    "deepspeed offload": [
+        ({"engine": "deepspeed", "data": 2, "parameter_place": "cpu"}, "deepspeed.offload_parameters=cpu: .*zero=3"),
+        ({"engine": "deepspeed", "data": 2, "optimizer_place": "nvme"}, "deepspeed.offload_optimizer=nvme: .*zero=3"),
+        ({"engine": "deepspeed", "zero": 0, "optimizer_place": "cpu"}, "deepspeed.offload_optimizer=cpu: .*zero=1"),
+    ],
     "offload": [({"offload": True}, "parallel.offload: ")],
 }
 
@@ -128,6 +148,13 @@ ACCEPTED: list[dict[str, Any]] = [
     {"tensor": 4, "length": 1022, "sequence": False},
     {"tensor": 4, "vocab_size": 0},
     {"context": 4, "length": 1024, "tensor": 4},
+    {"engine": "deepspeed", "data": 4, "zero": 3, "precision": "bf16"},
+    {"engine": "deepspeed", "data": 4, "precision": "fp16", "device": "cuda"},
+    {"engine": "deepspeed", "data": 4, "zero": 0, "shard": 2, "compile": True, "optimizer": "sgd"},
+    {"engine": "deepspeed", "offload": True, "optimizer_place": "cpu"},
+    {"engine": "deepspeed", "zero": 3, "optimizer_place": "nvme", "parameter_place": "nvme"},
+    {"engine": "accelerate", "data": 4, "zero": 3, "precision": "bf16", "compile": True, "optimizer": "muon"},
+    {"engine": "accelerate", "zero": 0, "precision": "bf16"},
     {"data": 2, "offload": True},
     {**RING, "data": 2, "tensor": 2, "zero": 3, "recompute": "selective", "offload": True, "device": "auto"},
     {"data": 2, "ring": True, "compile": True},
@@ -193,6 +220,7 @@ def test_every_reason_is_given() -> None:
         ),
         ({"data": 2, "tensor": 4, "length": 1022}, ["data=2 tensor=4 sequence=false", "data=4 tensor=2"]),
         ({"pipeline": 2, "schedule": "1f1b", "stages": 2}, ["pipeline=2 stages=1"]),
+        ({"data": 8, "tensor": 2, "engine": "deepspeed"}, ["data=16"]),
         ({"data": 8, "shard": 3}, ["data=8 shard=2"]),
         ({"world": 7, "tensor": 7}, ["data=7"]),
     ],
@@ -260,6 +288,10 @@ def any_facts(draw: st.DrawFn) -> Facts:
         compile=draw(st.booleans()),
         recompute=draw(st.sampled_from(["none", "full", "selective"])),
         offload=draw(st.booleans()),
+        engine=draw(st.sampled_from(["native", "native", "deepspeed", "accelerate"])),
+        optimizer=draw(st.sampled_from(["adamw", "muon"])),
+        optimizer_place=draw(st.sampled_from(["none", "none", "cpu", "nvme"])),
+        parameter_place=draw(st.sampled_from(["none", "none", "cpu"])),
     )
 
 
@@ -274,10 +306,15 @@ def fits(f: Facts) -> bool:
     chunks = f.context == 1 or f.length % (2 * f.context) == 0
     zero = not (f.pipeline > 1 and f.zero == 2) and not (split and f.zero == 3)
     graphs = not (split and (f.compile or f.recompute == "selective"))
-    offload = not f.offload or f.world > 1
+    alone = f.tensor * f.context * f.pipeline == 1 and (f.zero == 0 or f.shard in (None, f.data))
+    sharded = f.precision == "fp32" or f.world == 1 or f.zero > 0
+    need = max({"none": 0, "cpu": 1, "nvme": 3}[f.optimizer_place], 0 if f.parameter_place == "none" else 3)
+    deep = f.precision != "fp16" and f.optimizer != "muon" and not (f.zero == 3 and f.compile) and f.zero >= need
+    engine = {"native": True, "accelerate": alone and sharded, "deepspeed": alone and deep}[f.engine]
+    offload = not f.offload or f.world > 1 or f.engine == "deepspeed"
     passes = f.pipeline == 1 or all(runs(f, math.ceil(math.ceil(batch / f.data) / f.micro)) for batch in f.batches)
     vocabulary = f.vocab_size == 0 or all(len(row) for row in rows)
-    return all((whole, hybrid, tensor, vocabulary, slices, chunks, zero, graphs, offload, passes))
+    return all((whole, hybrid, tensor, vocabulary, slices, chunks, zero, graphs, engine, offload, passes))
 
 
 def runs(f: Facts, count: int) -> bool:

@@ -21,6 +21,7 @@ from shardwright.config import ConfigError, OptimizerConfig
 from shardwright.parallel.logical import Logical
 from shardwright.train.optim import muon
 from shardwright.train.optim.adafactor import Adafactor
+from shardwright.train.optim.apex import build_fused_adam, wants_apex
 from shardwright.train.optim.groups import Named, build_decay_groups, set_factor
 from shardwright.train.optim.guarded import align_gradients
 from shardwright.train.optim.lamb import Lamb
@@ -80,6 +81,8 @@ def _logical_by_tensor(named: Named, logical: Mapping[str, Logical]) -> Spread:
 
 def _build_adamw(config: OptimizerConfig, named: Named, spread: Spread) -> torch.optim.Optimizer:
     groups = _decay_groups(config, named)
+    if wants_apex("optimizer.fused", config.fused, named[0][1].device):
+        return build_fused_adam(groups, betas=_betas(config), eps=config.eps, decoupled=True)
     optimizer = torch.optim.AdamW(groups, betas=_betas(config), eps=config.eps, fused=True)
     return _with_state(optimizer, build_adam_state)
 
@@ -87,6 +90,8 @@ def _build_adamw(config: OptimizerConfig, named: Named, spread: Spread) -> torch
 def _build_adam(config: OptimizerConfig, named: Named, spread: Spread) -> torch.optim.Optimizer:
     """Kingma & Ba 2015; the decay is added to the gradient, unlike AdamW's."""
     groups = _decay_groups(config, named)
+    if wants_apex("optimizer.fused", config.fused, named[0][1].device):
+        return build_fused_adam(groups, betas=_betas(config), eps=config.eps, decoupled=False)
     optimizer = torch.optim.Adam(groups, betas=_betas(config), eps=config.eps, fused=True)
     return _with_state(optimizer, build_adam_state)
 

@@ -7,12 +7,24 @@ make them at the first step. Step counters are 0-dim tensors like the rest.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shardwright.parallel.logical import Logical
+
+
+@runtime_checkable
+class KeepsState(Protocol):
+    """An optimizer that an engine owns, and that gives and takes its state by itself."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """As `state_tensors` of this file, but copies; every rank has to ask."""
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take in what `state_tensors` gave."""
 
 
 def build_adam_state(parameter: Tensor) -> dict[str, Tensor]:
@@ -49,6 +61,8 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
     Those of a parameter that is spread are DTensors that lie as it does, in the memory of the state.
     """
+    if isinstance(optimizer, KeepsState):
+        return optimizer.state_tensors()
     return {key: logical.wrap(logical.local) for key, logical in _logical_states(optimizer)}
 
 
@@ -58,6 +72,9 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
 
     ValueError, with nothing changed, unless all of it fits.
     """
+    if isinstance(optimizer, KeepsState):
+        optimizer.load_state_tensors(tensors)
+        return
     own = dict(_logical_states(optimizer))
     _refuse("lacks", own.keys() - tensors.keys(), len(own))
     _refuse("has unknown", tensors.keys() - own.keys(), len(own))

@@ -1,0 +1,66 @@
+"""`shardwright` with a record: ranks of `train` write the sequence numbers of their steps, and `launch` starts this.
+
+With SHARDWRIGHT_TEST_HOLD=N,M the ranks wait after those steps, before they save, until a file `go-N` is there, so that
+a test can kill them at a known step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+FOLDER, HOLD, LIMIT_S = "SHARDWRIGHT_TEST_RECORDS", "SHARDWRIGHT_TEST_HOLD", 300.0
+
+
+def record_steps() -> None:
+    """Have every Run write what it takes."""
+    import torch
+
+    from shardwright.train import run as loop
+
+    folder = Path(os.environ[FOLDER])
+    held = [int(step) for step in os.environ.get(HOLD, "").split(",") if step]
+    rank, attempt = os.environ["RANK"], int(os.environ["TORCHELASTIC_RUN_ID"])
+
+    class Recorded(loop.Run):
+        def _one_step(self) -> None:
+            super()._one_step()
+            assert self.last is not None
+            numbers = torch.cat([batch["sequence"] for batch in self.last.micro_batches])
+            first = self.world.rank % (self.world.size // self.world.degree("data")) == 0
+            own = numbers[numbers >= 0].tolist() if first else []  # ranks of one data index take the same
+            with (folder / f"rank-{rank}").open("a") as file:
+                record = {"attempt": attempt, "step": self.position.step, "sequences": own}
+                file.write(json.dumps(record) + "\n")
+
+        def _after_step(self) -> None:
+            step = self.position.step
+            if step in held:
+                (folder / f"held-{step}-{rank}").touch()
+                deadline = time.monotonic() + LIMIT_S
+                while not (folder / f"go-{step}").exists() and time.monotonic() < deadline:
+                    time.sleep(0.05)
+            super()._after_step()
+
+    loop.Run = Recorded  # type: ignore[misc]
+
+
+def main() -> Any:
+    """The command line, with a record."""
+    from shardwright.launcher import cli, launch
+
+    launch.MODULE = "tests.faults.recorded"
+    if FOLDER in os.environ and sys.argv[1] == "train":
+        from shardwright.launcher.world import enter_world
+
+        enter_world()
+        record_steps()
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

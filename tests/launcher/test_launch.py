@@ -1,0 +1,132 @@
+"""`launch` before anything starts: hosts files, options, contradictions; and what runs on hosts is built of lists."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from shardwright.config import ConfigError
+from shardwright.launcher.hosts import Host, keeper_command, read_hosts
+from shardwright.launcher.launch import Options, build_hosts, build_job, passed_on
+from shardwright.launcher.network import bind, choose_interface, find_route, find_way_out
+from shardwright.launcher.supervise import first_code, how
+from shardwright.launcher.world import Place
+
+CONFIG = "debug/gpt2"
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "hosts"
+    path.write_text(text)
+    return path
+
+
+def test_a_hosts_file(tmp_path):
+    path = written(tmp_path, "# mine\nnode1 slots=8\nme@node2 port=2222 address=10.0.0.2  # second\n\nnode3\n")
+    first, second, third = read_hosts(path)
+    assert (first.name, first.slots, first.meets_at) == ("node1", 8, "node1")
+    assert (second.name, second.port, second.meets_at, second.slots) == ("me@node2", 2222, "10.0.0.2", None)
+    assert third == Host("node3")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "names no host"),
+        ("node1\nnode1 slots=2", "line 2: node1 stands twice"),
+        ("node1 slot=2", "'slot=2': expected slots=N"),
+        ("node1 slots=two", "'slots=two': expected a whole number"),
+        ("node1 slots=0", "expected a whole number from 1"),
+        ("-oProxyCommand=id", "is no host name"),
+        ("node1\nlocalhost", "localhost is this machine only"),
+        ("node1\n127.0.0.1 slots=1", "127.0.0.1 is this machine only"),
+    ],
+)
+def test_a_hosts_file_that_is_wrong(text, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        read_hosts(written(tmp_path, text))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_hosts(tmp_path / "none")
+
+
+def test_the_word_a_remote_shell_reads_is_quoted():
+    command = keeper_command(Host("node1", port=22), "/a folder/$(id)", "/py thon", ["ssh", "-T"])
+    assert command[:5] == ["ssh", "-T", "-p", "22", "node1"]
+    assert shlex.split(command[5]) == [
+        "cd", "--", "/a folder/$(id)", "&&", "exec", "/py thon", "-m", "shardwright.launcher.host"
+    ]  # fmt: skip
+
+
+def test_options_that_do_not_fit(tmp_path):
+    hosts = written(tmp_path, "node1 slots=2\nnode2 slots=2")
+    with pytest.raises(ConfigError, match="--min-nodes 3: there are 2 hosts"):
+        build_job(CONFIG, [], Options(hosts=hosts, min_hosts=3))
+    with pytest.raises(ConfigError, match="--grace soon"):
+        build_job(CONFIG, [], Options(grace="soon"))
+    with pytest.raises(ConfigError, match="--nproc 4: .* says slots=2"):
+        build_hosts(Options(hosts=hosts, processes=4))
+    with pytest.raises(ConfigError, match="--env NO_SUCH_NAME: is not set here"):
+        passed_on(["NO_SUCH_NAME"])
+    with pytest.raises(ConfigError, match="train.stepz"):
+        build_job(CONFIG, ["train.stepz=1"], Options())
+
+
+def test_secrets_are_not_passed_on(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    found = passed_on([])
+    assert found["NCCL_DEBUG"] == "INFO" and "WANDB_API_KEY" not in found
+    assert passed_on(["WANDB_API_KEY"])["WANDB_API_KEY"] == "secret"
+
+
+def test_launch_inside_a_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ConfigError, match="launch was itself started by a launcher"):
+        build_job(CONFIG, [], Options())
+
+
+def test_which_worlds_a_layout_fits():
+    job = build_job(CONFIG, ["parallel.tensor=2"], Options(processes=4))
+    assert job.fits(4) is None and job.fits(2) is None
+    assert "does not make the world of 3" in str(job.fits(3))
+    fixed = build_job(CONFIG, ["parallel.data=2"], Options(processes=2))
+    assert fixed.fits(2) is None and "parallel: data=2" in str(fixed.fits(1))
+
+
+def test_the_way_to_another_host_is_never_loopback():
+    assert find_route("127.0.0.1").address == "127.0.0.1"
+    with pytest.raises(ValueError, match="is this host itself"):
+        find_way_out("127.0.0.1")
+    with pytest.raises(ValueError, match="no-such-host.invalid has no address"):
+        find_route("no-such-host.invalid")
+    with bind("127.0.0.1") as server:
+        assert server.getsockname()[0] == "127.0.0.1"
+        assert server.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
+
+
+def test_gloo_is_told_an_interface_only_where_there_are_several_hosts():
+    one, two = Place("torchrun", 0, 2, 0, 2, "127.0.0.1", 1), Place("torchrun", 0, 4, 0, 2, "no-such.invalid", 1)
+    found: dict[str, str] = {}
+    choose_interface(one, found)
+    choose_interface(None, found)
+    assert found == {}
+    with pytest.raises(ConfigError, match="MASTER_ADDR=no-such.invalid"):
+        choose_interface(two, found)
+    choose_interface(two, chosen := {"GLOO_SOCKET_IFNAME": "eth7"})
+    assert chosen == {"GLOO_SOCKET_IFNAME": "eth7"}
+
+
+def test_how_a_process_ended():
+    assert how(-signal.SIGKILL) == "killed by SIGKILL" and how(3) == "exit code 3"
+    assert first_code({"code": 1, "first": 2, "failures": {"2": {"code": -9}}}) == -9
+    assert first_code({"code": -9}) == -9

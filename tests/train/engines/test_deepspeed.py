@@ -1,0 +1,174 @@
+"""DeepSpeed in the place of our own sharding: the same run, in real processes over gloo, at every ZeRO stage."""
+
+from pathlib import Path
+
+import pytest
+
+from shardwright.config import ConfigError
+from shardwright.parallel.refusals import refusals
+from shardwright.train.layout import build_facts
+from shardwright.train.settings import read_config
+from tests.equivalence.cells import BOUNDS, config, disagreement
+from tests.equivalence.work import leg, run
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'shardwright[deepspeed]'")
+
+ENGINE = "engine=deepspeed"
+CLIP = "train.clip=0.2"  # acts in every step
+BF16 = [CLIP, "precision.compute=bf16", "model.qkv_bias=false"]
+CASES = {
+    "zero0": ["parallel.zero=0"],
+    "zero1": ["parallel.zero=1"],
+    "zero2": ["parallel.zero=2", "train.recompute=full"],
+    "zero3": ["parallel.zero=3"],
+    "zero1_offload": ["parallel.zero=1", "parallel.offload=true"],
+    "zero3_offload": ["parallel.zero=3", "parallel.offload=true", "deepspeed.offload_parameters=cpu"],
+}
+
+
+@pytest.fixture(scope="module")
+def oracle(prepared, tmp_path_factory):
+    """One process, natively; its last step is one sequence short, so that a rank has a padded micro-batch."""
+    folder = tmp_path_factory.mktemp("oracle") / "run"
+    return folder, run(config(prepared, folder), [CLIP, "batch.sequences=7"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_deepspeed_changes_nothing(name, oracle, ranks, prepared, tmp_path):
+    raw = config(prepared, tmp_path / "run")
+    settings = [CLIP, "batch.sequences=7", ENGINE, *CASES[name]]
+    records = ranks.run(2, "tests.equivalence.work:run", raw, settings)[0]
+    found = disagreement(tmp_path / "run", records, *oracle)
+    assert all(found[key] < bound for key, bound in BOUNDS["fp32"].items()), found
+
+
+@pytest.fixture(scope="module")
+def rounded(prepared, tmp_path_factory):
+    """One process in bf16."""
+    folder = tmp_path_factory.mktemp("rounded") / "run"
+    return folder, run(config(prepared, folder), BF16)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_bf16_has_float32_masters_and_stays_within_its_bound(zero, rounded, ranks, prepared, tmp_path):
+    raw = config(prepared, tmp_path / "run")
+    records = ranks.run(2, "tests.equivalence.work:run", raw, [*BF16, ENGINE, f"parallel.zero={zero}"])[0]
+    found = disagreement(tmp_path / "run", records, *rounded)
+    assert all(found[key] < bound for key, bound in BOUNDS["bf16"].items()), found
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_the_norm_is_deepspeeds(zero, ranks, prepared, tmp_path):
+    settings = [CLIP, ENGINE, f"parallel.zero={zero}", "train.steps=6"]
+    for pairs in ranks.run(2, "tests.train.engines.work:norms", config(prepared, tmp_path / "run"), settings):
+        assert all(ours == pytest.approx(theirs, rel=1e-5) for ours, theirs in pairs), pairs
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(zero, ranks, prepared, tmp_path):
+    steps = [CLIP, "train.steps=6"]
+    settings = [*steps, ENGINE, f"parallel.zero={zero}"]
+    raw, alone = config(prepared, tmp_path / "run"), config(prepared, tmp_path / "alone")
+    found = ranks.run(2, "tests.train.engines.work:spoiled", raw, settings, 3, 1)[0]
+    expected = ranks.run(1, "tests.train.engines.work:spoiled", alone, steps, 3, 0)[0]
+    assert [r["loss"] for r in found if "loss" in r] == pytest.approx([r["loss"] for r in expected if "loss" in r])
+    assert [r["grad_norm"] for r in found if "loss" in r][2] is None
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_a_roll_back_forgets_the_gradients_that_are_there(zero, ranks, prepared, tmp_path):
+    """The step after a bad one is under way when the bad one is judged."""
+    steps = [CLIP, "train.steps=8", "guard.nonfinite=rollback", "checkpoint.every=3"]
+    settings = [*steps, ENGINE, f"parallel.zero={zero}"]
+    raw, alone = config(prepared, tmp_path / "run"), config(prepared, tmp_path / "alone")
+    found = ranks.run(2, "tests.train.engines.work:spoiled", raw, settings, 5, 1)[0]
+    expected = ranks.run(1, "tests.train.engines.work:spoiled", alone, steps, 5, 0)[0]
+    assert [r["loss"] for r in found if "loss" in r] == pytest.approx([r["loss"] for r in expected if "loss" in r])
+    assert len(found) == len(expected) >= 8
+
+
+def test_checkpoints_go_from_native_to_deepspeed_and_back(ranks, prepared, tmp_path):
+    steps = [CLIP, "checkpoint.every=4", "train.steps=16"]
+    raw = config(prepared, tmp_path / "chain")
+    expected = run(config(prepared, tmp_path / "oracle"), steps)
+    leg(raw, steps, 4)
+    ranks.run(2, "tests.equivalence.work:leg", raw, [*steps, ENGINE, "parallel.zero=3"], 8)
+    ranks.run(2, "tests.equivalence.work:leg", raw, [*steps, "parallel.zero=2"], 12)
+    records = ranks.run(1, "tests.equivalence.work:run", raw, [*steps, ENGINE, "parallel.zero=1"])[0]
+    found = disagreement(tmp_path / "chain", records, tmp_path / "oracle", expected)
+    assert all(found[key] < bound for key, bound in BOUNDS["fp32"].items()), found
+
+
+def test_verify_looks_into_deepspeed(ranks, prepared, tmp_path):
+    settings = [ENGINE, "parallel.zero=3"]
+    answers = ranks.run(2, "tests.train.engines.work:verified", config(prepared, tmp_path / "run"), settings)
+    assert all(passed for passed, _ in answers), answers
+
+
+# ------------------------------------------------------------------------------------------ what is refused
+
+
+def settled(prepared: Path, *overrides: str):
+    return read_config(config(prepared, "runs/none"), [ENGINE, "train.device=cpu", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["deepspeed.extra={gradient_clipp1ng: 1.0}"], "gradient_clipping is decided by train.clip"),
+        (["deepspeed.extra={gradient_clipping: 1.0}"], "decided by train.clip"),
+        (["deepspeed.extra={zero_optimization: {stage: 2}}"], "decided by parallel.zero"),
+        (["deepspeed.extra={zero_optimization: {sub_group_sise: 5}}"], "did you mean sub_group_size"),
+        (["deepspeed.extra={zero_optimization: {sub_group_size: many}}"], "sub_group_size"),
+        (["deepspeed.extra={flops_profiler: {profile_stp: 5}}"], "did you mean profile_step"),
+        (["deepspeed.extra={wall_clock_breakdown: 3}"], "expected bool"),
+        (["deepspeed.extra={bf16: {immediate_grad_update: true}}"], "precision.compute"),
+        (["deepspeed.extra={zero_optimization: 3}"], "is a section"),
+        (["deepspeed.offload_optimizer=nvme"], "deepspeed.nvme_path: is missing"),
+        (["deepspeed.nvme_path=/tmp"], "nothing goes there"),
+        (["deepspeed.offload_optimizer=nvme", "parallel.offload=true"], "contradicts parallel.offload"),
+        (["precision.compute=fp16"], "no fp16 on a CPU"),
+    ],
+)
+def test_what_contradicts_is_refused_in_one_line(overrides, said, prepared, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from shardwright.train.engines import check_engine
+
+    with pytest.raises(ConfigError) as error:
+        check_engine(settled(prepared, *overrides))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_deepspeed_knows_is_passed_on(prepared, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from shardwright.train.engines.deepspeed_config import engine_config
+
+    extra = "deepspeed.extra={zero_optimization: {sub_group_size: 1000000}, communication_data_type: bf16}"
+    found = engine_config(settled(prepared, extra, "parallel.zero=3"), 2, gpu=False)
+    assert found["zero_optimization"]["sub_group_size"] == 1_000_000 and found["zero_optimization"]["stage"] == 3
+    assert found["communication_data_type"] == "bf16" and found["gradient_accumulation_steps"] == 4
+
+
+def test_settings_of_another_engine_are_refused(prepared):
+    from shardwright.train.engines import check_engine
+
+    with pytest.raises(ConfigError, match=r"deepspeed\.overlap: has no effect under engine=native"):
+        check_engine(read_config(config(prepared, "runs/none"), ["deepspeed.overlap=true"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["parallel.tensor=2"], "carries data parallelism and ZeRO alone"),
+        (["parallel.zero=0", "precision.compute=bf16"], "parallel.zero=0"),
+        (["optimizer.name=muon"], "optimizer.name=muon"),
+        (["parallel.shard=2"], "shards over all data ranks"),
+        (["parallel.zero=3", "train.compile=true"], "train.compile"),
+        (["parallel.zero=1", "deepspeed.offload_parameters=cpu"], "offload_parameters=cpu"),
+        (["parallel.zero=0", "parallel.offload=true"], "offload_optimizer=cpu"),
+        (["precision.compute=fp64"], "float64"),
+    ],
+)
+def test_layouts_that_it_does_not_carry_are_in_the_table(overrides, said, prepared):
+    found = refusals(build_facts(settled(prepared, *overrides), 4))
+    assert any(said in reason for reason in found), found
