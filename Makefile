@@ -19,7 +19,7 @@ PINS := constraints.txt
 INSTALL_INPUTS := setup.py pyproject.toml $(PINS)
 TEST_EXTRAS := data,hf,deepspeed,accelerate,dev
 
-BENCHMARKS := step stream kill speedrun zero scaling
+BENCHMARKS := startup step stream kill speedrun zero scaling watch
 
 .DEFAULT_GOAL := help
 .PHONY: help venv dev train test sample lint bench bench-gpu bench-peers clean

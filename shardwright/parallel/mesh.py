@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from shardwright.config import ConfigError, ParallelConfig, RunError, parse_duration
 
@@ -158,9 +157,14 @@ def join_world(device: str, threads: int | None, parallel: ParallelConfig) -> It
     finally:
         if not before and dist.is_initialized():  # one process has a group too where an engine made it
             dist.destroy_process_group()
-            # Answers are remembered by how a mesh looks, with the mesh that it was first; the next run of this process
-            # would communicate through groups of this one.
-            _clear_sharding_prop_cache()
+            _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """Drop DTensor's answers: remembered by how a mesh looks, with the groups of the mesh that it was first."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache  # 0.4 s to import, inductor with it
+
+    _clear_sharding_prop_cache()
 
 
 def fixed_degrees(parallel: ParallelConfig) -> int:
