@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import datetime
 import gzip
 import json
 import random
@@ -27,6 +28,20 @@ __all__ = ["ranks"]
 CORPORA = Path(__file__).resolve().parents[1] / "shardwright" / "data" / "bundled"
 NUM_DOCUMENTS = 60
 NUM_CHARACTERS = 1500
+
+
+DAYS = 4
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what another day runs: tests of real launchers and of faults take up to half a minute each."""
+    turns = [i for i in items if i.path.parent.name == "faults" or i.get_closest_marker("in_turn")]
+    if os.environ.get("CI") or len(turns) == 1:  # one that was named by hand
+        return
+    today = datetime.date.today().toordinal() % DAYS
+    for number, item in enumerate(sorted(turns, key=lambda item: item.nodeid)):
+        if number % DAYS != today:
+            item.add_marker(pytest.mark.skip(reason="another day's; CI=1 runs all of them"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,126 @@
+"""The commands of the pages on launchers, as they stand there, run for real.
+
+A tiny config takes the place of theirs, two processes that of theirs, and a new folder that of the run. A command that
+cannot be run here is named in ELSEWHERE with the test that runs it; a new one on a page is run by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.equivalence.cells import config
+from tests.ranks import VARIABLES, free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("single-device", "torchrun", "launch", "deepspeed", "accelerate")
+ELSEWHERE = {
+    "torchrun --nnodes 2": "tests/faults/test_hosts.py::test_torchrun_finds_the_interface",
+    "mpirun -n 8 --hostfile": "tests/launcher/test_world.py (the variables that it leaves)",
+    "shardwright launch --hosts": "tests/faults/test_hosts.py and test_elastic.py",
+}
+#: Options whose number of processes is made 2.
+PROCESSES = ("--nproc", "--nproc-per-node", "--num_gpus", "--num_processes", "-n")
+CONFIGS = ("configs/english.yaml", "colab")
+#: How a program of a page is run from this environment, whatever is on the path.
+MODULES = {
+    "shardwright": ["-m", "shardwright"],
+    "torchrun": ["-m", "torch.distributed.run"],
+    "deepspeed": ["-m", "deepspeed.launcher.runner"],
+    "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
+}
+
+
+def commands(page: str) -> list[str]:
+    """Lines of a page's console blocks."""
+    text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
+    blocks = re.findall(r"```console\n(.*?)```", text, re.S)
+    return [line[2:] for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith("$ ")]
+
+
+CASES = [(page, command) for page in PAGES for command in commands(page)]
+
+
+def tiny(words: list[str], folder: Path, prepared: Path) -> list[str]:
+    """A command's words with what is too large for a test made small."""
+    raw = config(prepared, folder / "run")
+    raw["train"] |= {"steps": 2}
+    raw["schedule"] = {"warmup_steps": 1}
+    (folder / "config.yaml").write_text(yaml.safe_dump(raw))
+    (folder / "hosts").write_text("localhost slots=2\n")
+    found = []
+    for before, word in zip(["", *words], words, strict=False):
+        if before in PROCESSES:
+            word = "2"
+        elif word in CONFIGS:
+            word = str(folder / "config.yaml")
+        elif word.startswith("run="):
+            word = f"run={folder / 'run'}"
+        elif word == "hosts":
+            word = str(folder / "hosts")
+        found.append(word)
+    return found
+
+
+def has_extra(text: str) -> bool:
+    """Whether `pip install 'shardwright[EXTRA]'` names an extra that there is."""
+    (extra,) = re.findall(r"shardwright\[(\w+)\]", text)
+    return extra in (metadata("shardwright").get_all("Provides-Extra") or [])
+
+
+def reaches_itself() -> bool:
+    """Whether ssh to localhost works without a password."""
+    command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "localhost", "true"]
+    return shutil.which("ssh") is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.in_turn
+@pytest.mark.parametrize(("page", "command"), CASES, ids=[f"{page}-{command[:60]}" for page, command in CASES])
+def test_a_command_of_a_page(page, command, bundled, prepared, tmp_path):
+    known = [test for words, test in ELSEWHERE.items() if command.startswith(words)]
+    if known:
+        pytest.skip(f"run by {known[0]}")
+    program, *words = shlex.split(command, comments=True)
+    if program == "pip":
+        assert has_extra(command)
+        return
+    if program == "mpirun" and shutil.which("mpirun") is None:
+        pytest.skip("mpirun is not installed (Debian: apt-get install openmpi-bin)")
+    if "--hostfile" in words and not reaches_itself():
+        pytest.skip("deepspeed wants to reach each host of a hostfile by ssh, also this one")
+    if program in ("deepspeed", "accelerate"):
+        pytest.importorskip(program, reason=f"{program} is not installed: pip install 'shardwright[{program}]'")
+    if words[0] == "prepare":
+        words = [
+            "prepare",
+            str(bundled / "english.jsonl"),
+            "--output",
+            str(tmp_path / "data"),
+            "tokenizer.vocab_size=512",
+        ]
+    else:
+        words = tiny(words, tmp_path, prepared)
+    if program == "mpirun":
+        words = ["--oversubscribe", "--allow-run-as-root", *words[:2], sys.executable, "-m", *words[2:]]
+    start = [program] if program == "mpirun" else [sys.executable, *MODULES[program]]
+    port = {"accelerate": ["--main_process_port", str(free_port())], "deepspeed": ["--master_port", str(free_port())]}
+    if program == "accelerate":
+        words = [words[0], *port[program], *words[1:]]
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment |= {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*start, *(port[program] if program == "deepspeed" else []), *words],
+        capture_output=True, text=True, env=environment, timeout=240, stdin=subprocess.DEVNULL, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    several = program != "shardwright" or words[0] == "launch"
+    assert not several or "2 processes, " in done.stdout + done.stderr, done.stdout + done.stderr
