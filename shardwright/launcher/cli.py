@@ -160,6 +160,23 @@ def launch(
     raise typer.Exit(start(config, overrides or (), options))
 
 
+@app.command(name="import", epilog="Example: shardwright import --deepspeed old configs/mine.yaml run=runs/mine")
+def import_weights(
+    config: Annotated[str, typer.Argument(help="Config file, or the name of a shipped config")],
+    deepspeed: Annotated[Path, typer.Option(metavar="FOLDER", help="What DeepSpeed's save_checkpoint wrote")],
+    overrides: Overrides = None,
+    tag: Annotated[str | None, typer.Option(help="Such as global_step100; default the latest")] = None,
+) -> None:
+    """Begin a run with the weights of another program. DeepSpeed's files are pickles: only import what you trust."""
+    from shardwright.interop.deepspeed import read_weights
+    from shardwright.train.begin import begin
+    from shardwright.train.settings import read_config
+
+    weights = read_weights(deepspeed, tag)
+    place = begin(read_config(config, overrides or ()), weights)
+    print(f"{place}: {len(weights)} tensors of {deepspeed}; shardwright train goes on from there")
+
+
 @app.command(name="eval", epilog="Example: shardwright eval runs/english")
 def evaluate(
     run_folder: Annotated[Path, typer.Argument(help="Run folder or checkpoint")],

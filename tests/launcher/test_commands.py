@@ -26,6 +26,7 @@ PAGES = ("single-device", "torchrun", "launch", "deepspeed", "accelerate")
 ELSEWHERE = {
     "torchrun --nnodes 2": "tests/faults/test_hosts.py::test_torchrun_finds_the_interface",
     "mpirun -n 8 --hostfile": "tests/launcher/test_world.py (the variables that it leaves)",
+    "shardwright import --deepspeed": "tests/train/engines/test_import.py",
     "shardwright launch --hosts": "tests/faults/test_hosts.py and test_elastic.py",
 }
 #: Options whose number of processes is made 2.

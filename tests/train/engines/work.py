@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from shardwright.config import ParallelConfig
+from shardwright.parallel.mesh import join_world
 from shardwright.train import run as loop
+from shardwright.train.engines import deepspeed as engine
 from shardwright.train.metrics import read_metrics
 from shardwright.train.settings import read_config
 from shardwright.train.verify import verify
@@ -59,3 +62,32 @@ def verified(raw: dict[str, Any], overrides: list[str]) -> tuple[bool, str]:
     torch.set_num_threads(1)
     report = verify(read_config(raw, overrides), steps=2)
     return report.passed, report.verdict()
+
+
+def saved_by_deepspeed(folder: Path, zero: int, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A program of a user's own: Hugging Face's GPT-2 in a DeepSpeed engine, one step, saved; its weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with join_world("cpu", 1, ParallelConfig()):
+        deepspeed = engine._load(torch.device("cpu"))
+        engine._forget_groups()
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        torch.manual_seed(1)
+        model = GPT2LMHeadModel(GPT2Config(**settings))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        options = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": zero},
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        trained, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options, dist_init_required=False)
+        tokens = torch.arange(16).reshape(1, 16)
+        trained.backward(trained(input_ids=tokens, labels=tokens).loss)
+        trained.step()
+        trained.save_checkpoint(str(folder))
+        named = dict(model.named_parameters())
+        return {
+            name: (parameter if zero == 0 else safe_get_full_fp32_param(parameter)).detach().clone()
+            for name, parameter in named.items()
+        }
