@@ -19,6 +19,7 @@ CASES = {
 }
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("name", CASES)
 def test_a_means_changes_nothing(name, ranks, prepared, tmp_path):
     size, settings, meaning = CASES[name]

@@ -99,12 +99,14 @@ def test_equal_blocks_are_one_graph(ranks):
         check([answer], 5e-6)  # nine layers of rounding
 
 
+@pytest.mark.in_turn
 @pytest.mark.slow
 def test_compiled_blocks_and_loss_equal_one_process(ranks):
     case = {"model": {**LLAMA, "residual_dropout": 0.1}, "compile": "inductor"}
     check(ranks.run(2, f"{WORK}:compare", case, timeout=280), 1e-6)
 
 
+@pytest.mark.in_turn
 @pytest.mark.slow
 def test_compiled_blocks_in_bf16(ranks):
     """CPU kernels of bf16 training run inside; the bound is as without a compiler."""

@@ -32,6 +32,7 @@ def furthest(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
     return max(((found[n] - expected[n]).abs().max() / expected[n].abs().max()).item() for n in expected)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_optimizer_takes_the_steps_of_one_process(ranks: Ranks, layout: str) -> None:
     answers = ranks.run(SIZES[layout], f"{WORK}:train", layout)
@@ -71,11 +72,13 @@ def test_matrices_are_dealt_once_and_evenly(ranks: Ranks, layout: str, most: int
     assert (len(answers[0]) > 2) == (most == 1), "rounds are as long as memory allows"
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("layout", ["shard 2", "shard 2 x tensor 2"])
 def test_states_are_loaded_whole_or_in_parts(ranks: Ranks, layout: str) -> None:
     ranks.run(SIZES[layout], f"{WORK}:load_states", layout)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
     ("written", "read"),
     [("shard 2", "shard 2 x tensor 2"), ("shard 3 x tensor 2", "replicate 2"), ("shard 2 x tensor 2", "shard 4")],

@@ -37,6 +37,7 @@ def _grads(mode: str, compute: str) -> tuple[Tensor, list[Tensor]]:
     return hidden.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("compute", ["bf16", "fp16"])
 def test_selective_recomputation_rounds_where_none_does(compute: str) -> None:
     """What a compiled graph recomputes is fused with other operations than when it was first computed."""

@@ -26,6 +26,7 @@ def oracle(prepared, tmp_path_factory):
     return folder, run(config(prepared, folder), [CLIP, "batch.sequences=7"])
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("name", CASES)
 def test_accelerate_changes_nothing(name, oracle, ranks, prepared, tmp_path):
     raw = config(prepared, tmp_path / "run")
@@ -35,6 +36,7 @@ def test_accelerate_changes_nothing(name, oracle, ranks, prepared, tmp_path):
     assert all(found[key] < bound for key, bound in BOUNDS["fp32"].items()), found
 
 
+@pytest.mark.in_turn
 def test_bf16_casts_where_one_process_does(ranks, prepared, tmp_path):
     settings = [CLIP, "precision.compute=bf16", "model.qkv_bias=false"]
     expected = run(config(prepared, tmp_path / "alone"), settings)
@@ -44,6 +46,7 @@ def test_bf16_casts_where_one_process_does(ranks, prepared, tmp_path):
     assert all(found[key] < bound for key, bound in BOUNDS["bf16"].items()), found
 
 
+@pytest.mark.in_turn
 def test_checkpoints_go_from_native_to_accelerate_and_back(ranks, prepared, tmp_path):
     steps = [CLIP, "checkpoint.every=4", "train.steps=16"]
     raw = config(prepared, tmp_path / "chain")
@@ -56,6 +59,7 @@ def test_checkpoints_go_from_native_to_accelerate_and_back(ranks, prepared, tmp_
     assert all(found[key] < bound for key, bound in BOUNDS["fp32"].items()), found
 
 
+@pytest.mark.in_turn
 def test_verify_looks_into_accelerate(ranks, prepared, tmp_path):
     for zero in (0, 3):
         raw = config(prepared, tmp_path / f"run{zero}")

@@ -33,6 +33,7 @@ def oracle(prepared, tmp_path_factory):
     return folder, run(config(prepared, folder), [CLIP, "batch.sequences=7"])
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("name", CASES)
 def test_deepspeed_changes_nothing(name, oracle, ranks, prepared, tmp_path):
     raw = config(prepared, tmp_path / "run")
@@ -49,6 +50,7 @@ def rounded(prepared, tmp_path_factory):
     return folder, run(config(prepared, folder), BF16)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_bf16_has_float32_masters_and_stays_within_its_bound(zero, rounded, ranks, prepared, tmp_path):
     raw = config(prepared, tmp_path / "run")
@@ -57,6 +59,7 @@ def test_bf16_has_float32_masters_and_stays_within_its_bound(zero, rounded, rank
     assert all(found[key] < bound for key, bound in BOUNDS["bf16"].items()), found
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("zero", [1, 3])
 def test_the_norm_is_deepspeeds(zero, ranks, prepared, tmp_path):
     settings = [CLIP, ENGINE, f"parallel.zero={zero}", "train.steps=6"]
@@ -64,6 +67,7 @@ def test_the_norm_is_deepspeeds(zero, ranks, prepared, tmp_path):
         assert all(ours == pytest.approx(theirs, rel=1e-5) for ours, theirs in pairs), pairs
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(zero, ranks, prepared, tmp_path):
     steps = [CLIP, "train.steps=6"]
@@ -75,6 +79,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(zero, ranks, pr
     assert [r["grad_norm"] for r in found if "loss" in r][2] is None
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_a_roll_back_forgets_the_gradients_that_are_there(zero, ranks, prepared, tmp_path):
     """The step after a bad one is under way when the bad one is judged."""
@@ -87,6 +92,7 @@ def test_a_roll_back_forgets_the_gradients_that_are_there(zero, ranks, prepared,
     assert len(found) == len(expected) >= 8
 
 
+@pytest.mark.in_turn
 def test_checkpoints_go_from_native_to_deepspeed_and_back(ranks, prepared, tmp_path):
     steps = [CLIP, "checkpoint.every=4", "train.steps=16"]
     raw = config(prepared, tmp_path / "chain")
@@ -99,6 +105,7 @@ def test_checkpoints_go_from_native_to_deepspeed_and_back(ranks, prepared, tmp_p
     assert all(found[key] < bound for key, bound in BOUNDS["fp32"].items()), found
 
 
+@pytest.mark.in_turn
 def test_verify_looks_into_deepspeed(ranks, prepared, tmp_path):
     settings = [ENGINE, "parallel.zero=3"]
     answers = ranks.run(2, "tests.train.engines.work:verified", config(prepared, tmp_path / "run"), settings)

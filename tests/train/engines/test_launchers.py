@@ -24,6 +24,7 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("engine", LAUNCHERS)
 def test_its_own_launcher_starts_it(engine, prepared, tmp_path):
     if importlib.util.find_spec(engine) is None:
