@@ -26,6 +26,7 @@ from shardwright.launcher.world import is_loopback
 
 Message = dict[str, Any]
 KEEPER = "shardwright.launcher.host"
+LAST_WORDS_S = 2.0
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10")
 
 
@@ -126,9 +127,10 @@ class Link:
             os.close(here[0])
             os.close(there[1])
         self._orders, self._answers = os.fdopen(here[1], "wb", buffering=0), os.fdopen(there[0], "rb")
-        threading.Thread(target=self._read, daemon=True).start()
-        if self._process.stderr is not None:
-            threading.Thread(target=self._listen, daemon=True).start()
+        listener = threading.Thread(target=self._listen, daemon=True) if self._process.stderr is not None else None
+        if listener is not None:
+            listener.start()
+        threading.Thread(target=self._read, args=(listener,), daemon=True).start()
         self.send(**begin)
 
     @property
@@ -160,7 +162,7 @@ class Link:
             self._process.kill()
             self._process.wait()
 
-    def _read(self) -> None:
+    def _read(self, listener: threading.Thread | None) -> None:
         with suppress(OSError, ValueError):
             for line in self._answers:
                 self.heard = time.monotonic()
@@ -171,6 +173,8 @@ class Link:
                     self.problem = message["failed"]
                 if "beat" not in message:
                     self.inbox.put((self, message))
+        if listener is not None:
+            listener.join(LAST_WORDS_S)  # ssh says why it ended
         self.closed = True
         self.inbox.put((self, None))
 

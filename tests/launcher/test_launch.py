@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import signal
 import socket
 from pathlib import Path
 
 import pytest
 
-from shardwright.config import ConfigError
+from shardwright.config import ConfigError, RunError
 from shardwright.launcher.hosts import Host, keeper_command, read_hosts
-from shardwright.launcher.launch import Options, build_hosts, build_job, passed_on
+from shardwright.launcher.launch import Options, build_hosts, build_job, launch, passed_on
 from shardwright.launcher.network import bind, choose_interface, find_route, find_way_out
 from shardwright.launcher.supervise import first_code, how
 from shardwright.launcher.world import Place
@@ -130,3 +131,10 @@ def test_how_a_process_ended():
     assert how(-signal.SIGKILL) == "killed by SIGKILL" and how(3) == "exit code 3"
     assert first_code({"code": 1, "first": 2, "failures": {"2": {"code": -9}}}) == -9
     assert first_code({"code": -9}) == -9
+
+
+@pytest.mark.skipif(shutil.which("ssh") is None, reason="ssh is not installed (Debian: apt-get install openssh-client)")
+def test_a_host_that_cannot_be_reached_is_named_with_what_ssh_says(tmp_path):
+    hosts = written(tmp_path, "no-such-host.invalid slots=1")
+    with pytest.raises(RunError, match=r"0 of 1 hosts answer, 1 are needed \(no-such-host.invalid: ssh: .*resolve"):
+        launch(CONFIG, [], Options(hosts=hosts))
