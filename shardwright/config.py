@@ -51,6 +51,29 @@ def free(default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"role": "free"}, **limits)
 
 
+#: user:password@ in a URL, or a signed query.
+_SECRET = re.compile(
+    r"[a-z][\w+.-]*://[^/\s@:]*:[^/\s@]+@|[?&](x-\w+-signature|x-\w+-(security-)?token|sig|signature|\w*token|api_?key|"
+    r"password|secret)=[^&\s]",
+    re.I,
+)
+
+
+def find_secret(text: str) -> bool:
+    """Whether a URL in a text holds a password or a signature."""
+    return _SECRET.search(text) is not None
+
+
+def without_secret(text: str | None) -> str | None:
+    """A place that may stand in config.yaml, in logs and in manifests; ValueError, which does not repeat it."""
+    if text is not None and find_secret(text):
+        raise ValueError(
+            "holds a password or a signature, which would stand in config.yaml and in logs; give it to fsspec by the "
+            "environment, such as FSSPEC_HTTPS, or by its file (docs/trust.md)"
+        )
+    return text
+
+
 def parse_duration(text: str) -> float:
     """Seconds in 90s, 10m, 24h or 3d."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip())
@@ -77,6 +100,7 @@ class SourceConfig(Strict):
 
     path: str = free(..., "Prepared folder or URL that holds a manifest.json")
     weight: float = meaning(1.0, "Share of the mixture, relative to the other sources", gt=0)
+    _no_secret = field_validator("path")(without_secret)
 
 
 class DataConfig(Strict):
@@ -102,6 +126,7 @@ class DataConfig(Strict):
     allow: list[Literal["pipe", "pickle"]] = free(
         [], "Shard kinds that run code, refused unless named: 'pipe', 'pickle'"
     )
+    _no_secret = field_validator("path")(without_secret)
 
     @model_validator(mode="after")
     def _one_way_to_name_it(self) -> DataConfig:

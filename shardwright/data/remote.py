@@ -226,6 +226,7 @@ def _open_system(url: str, timeout_s: float) -> tuple[Any, str]:
     Files are read whole by one request each: fsspec's file objects ask for the size first, and over HTTP report any
     failure of that as a missing file.
     """
+    from fsspec.config import conf
     from fsspec.core import url_to_fs
 
     options: dict[str, Any] = {}
@@ -234,7 +235,8 @@ def _open_system(url: str, timeout_s: float) -> tuple[Any, str]:
 
         # A stalled server must be a failure that is tried again, not a hang.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
-        options = {"client_kwargs": {"timeout": timeout}}
+        own = conf.get(url.partition(":")[0], {}).get("client_kwargs", {})  # headers that the user gave to fsspec
+        options = {"client_kwargs": {**own, "timeout": timeout}}
     return url_to_fs(url, **options)
 
 

@@ -110,7 +110,7 @@ def check_devices() -> Iterator[Check]:
             peak = f"known as {known.name}" if known else "peak unknown, so no MFU unless log.measure_peak=true"
             yield Check("torch", f"GPU {index}", "ok", f"{reported}, {total:.1f} GiB, {peak}")
         return
-    driver = _driver_devices()
+    driver = driver_devices()
     if driver:
         yield Check(
             "torch", "GPU", "warning", f"the driver has {driver}, torch {torch.__version__} does not see it",
@@ -246,7 +246,7 @@ def _network() -> Check:
     return Check("machine", "network", "ok", detail)
 
 
-def _driver_devices() -> str:
+def driver_devices() -> str:
     """Names of the GPUs that NVIDIA's driver has; empty without one."""
     with suppress(Exception):  # no library, no driver: nothing to report
         import pynvml

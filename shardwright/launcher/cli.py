@@ -129,8 +129,18 @@ def train(
         raise typer.Exit(STOPPED)
 
 
+#: Options that only some ways to launch have.
+WAYS = {
+    "a start here or over ssh": ("nproc", "hosts", "min_nodes", "grace", "lost_after", "rejoin", "wait", "python",
+                                 "ssh", "doctor"),
+    "--kubernetes": ("nproc", "nodes", "image", "claim", "secret", "output"),
+    "--sky": ("nodes", "image", "storage", "cloud", "gpus", "spot", "secret", "output"),
+}  # fmt: skip
+
+
 @app.command(epilog="Example: shardwright launch --nproc 4 configs/english.yaml parallel.tensor=2")
 def launch(
+    context: typer.Context,
     config: Annotated[str, typer.Argument(help="Config file, or the name of a shipped config")],
     overrides: Overrides = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes of each host; default its GPUs, else 1")] = None,
@@ -146,16 +156,44 @@ def launch(
     rejoin: Annotated[str, typer.Option(help="How often to look whether a lost host is back; or never")] = "5m",
     wait: Annotated[str, typer.Option(help="How long to wait for hosts where fewer than needed are left")] = "10m",
     env: Annotated[list[str] | None, typer.Option(help="Variable to hand to the other hosts; repeat")] = None,
+    doctor: Annotated[bool, typer.Option("--doctor", help="Only look whether the run could start there")] = False,
+    kubernetes: Annotated[bool, typer.Option("--kubernetes", help="Print a Kubeflow TrainJob, start nothing")] = False,
+    sky: Annotated[bool, typer.Option("--sky", help="Print a SkyPilot task, start nothing")] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="Of a manifest: nodes, each with --nproc processes")] = 1,
+    image: Annotated[str | None, typer.Option(help="Of a manifest: container image with shardwright")] = None,
+    claim: Annotated[str | None, typer.Option(help="With --kubernetes: volume claim for data and runs")] = None,
+    storage: Annotated[str | None, typer.Option(help="With --sky: s3://..., gs://..., volume:NAME, ...")] = None,
+    cloud: Annotated[str | None, typer.Option(help="With --sky: aws, azure or gcp; default the cheapest")] = None,
+    gpus: Annotated[str | None, typer.Option(help="With --sky: of each node, such as A100:8")] = None,
+    spot: Annotated[bool, typer.Option("--spot", help="With --sky: machines that may be taken away")] = False,
+    secret: Annotated[list[str] | None, typer.Option(help="Of a manifest: a secret by name; repeat")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Of a manifest: file to write")] = None,
     python: Annotated[str, typer.Option(help="Python on the other hosts", show_default="this one")] = sys.executable,
     ssh: Annotated[str | None, typer.Option(help="ssh program and its options", show_default="ssh")] = None,
 ) -> None:
-    """Train in several processes, on this machine or on hosts, and start again when one is lost."""
+    """Train in several processes, on this machine, hosts or a cloud, and start again when one is lost."""
+    _refuse_strangers(context, "--kubernetes" if kubernetes else "--sky" if sky else "a start here or over ssh")
+    if kubernetes or sky:
+        from shardwright.launcher.kubernetes import write_manifest
+        from shardwright.launcher.manifest import build_wanted, write
+        from shardwright.launcher.sky import parse_gpus, write_task
+
+        wanted = build_wanted(
+            config, overrides or (), nodes=nodes, processes=parse_gpus(gpus) if sky else nproc or 1,
+            environment=env or (), secrets=secret or (), restarts=restarts,
+        )  # fmt: skip
+        text = (
+            write_task(wanted, cloud=cloud, gpus=gpus, spot=spot, storage=storage, image=image)
+            if sky
+            else write_manifest(wanted, image=image, claim=claim)
+        )
+        raise typer.Exit(write(text, output))
     from shardwright.launcher.launch import Options
     from shardwright.launcher.launch import launch as start
 
     options = Options(
         processes=nproc, hosts=hosts, min_hosts=min_nodes, restarts=restarts, grace=grace, lost_after=lost_after,
-        rejoin=rejoin, wait=wait, pass_on=env or (), python=python, ssh=ssh,
+        rejoin=rejoin, wait=wait, pass_on=env or (), python=python, ssh=ssh, doctor=doctor,
     )  # fmt: skip
     raise typer.Exit(start(config, overrides or (), options))
 
@@ -175,6 +213,17 @@ def import_weights(
     weights = read_weights(deepspeed, tag)
     place = begin(read_config(config, overrides or ()), weights)
     print(f"{place}: {len(weights)} tensors of {deepspeed}; shardwright train goes on from there")
+
+
+def _refuse_strangers(context: typer.Context, way: str) -> None:
+    """ConfigError for an option of another way to launch."""
+    if context.params.get("kubernetes") and context.params.get("sky"):
+        raise ConfigError("--sky: does not go with --kubernetes")
+    for name in {name for names in WAYS.values() for name in names} - set(WAYS[way]):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            fits = " and ".join(other for other, names in WAYS.items() if name in names)
+            raise ConfigError(f"--{name.replace('_', '-')}: does not go with {way}; it is for {fits}")
 
 
 @app.command(name="eval", epilog="Example: shardwright eval runs/english")
@@ -292,9 +341,23 @@ def report(
     print(write(runs if len(runs) > 1 else runs[0], output))
 
 
-@app.command(epilog="Example: shardwright doctor --json")
-def doctor(as_json: Json = False) -> None:
-    """What this machine has, what is missing for which feature, and a quick check."""
+@app.command(epilog="Example: shardwright doctor --json, or torchrun -m shardwright doctor --cluster CONFIG on many")
+def doctor(
+    config: Annotated[str | None, typer.Argument(help="With --cluster: what is to run")] = None,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="All ranks of a launcher, and what is between them")
+    ] = False,
+    limit: Annotated[str, typer.Option(help="With --cluster: how long ranks wait for each other")] = "60s",
+    as_json: Json = False,
+) -> None:
+    """What this machine has, what is missing for which feature, and a quick check; or what a cluster lacks."""
+    if not cluster and config is not None:
+        raise ConfigError(f"{config}: a config goes with --cluster")
+    if cluster:
+        from shardwright.launcher.cluster import doctor_cluster
+
+        raise typer.Exit(doctor_cluster(config, overrides or (), as_json=as_json, limit=limit))
     from shardwright.launcher.doctor import doctor as examine
 
     raise typer.Exit(examine(json=as_json))
@@ -310,6 +373,7 @@ def schema() -> None:
 
 def main() -> None:
     """Entry point: run a command and turn a user's mistake into one line."""
+    os.umask(os.umask(0o022) | 0o002)  # the user's own decides, but nothing is for everybody to write
     sys.exit(on_leash(lambda: run(sys.argv[1:])))
 
 
@@ -319,7 +383,7 @@ def run(arguments: Sequence[str]) -> int:
     if not given:
         app(["--help"], standalone_mode=False)
         return 2
-    with leaving_at_once() if given[0] in ("train", "verify") else nullcontext():
+    with leaving_at_once() if given[0] in ("train", "verify", "doctor") else nullcontext():
         return guarded(lambda: app(given, standalone_mode=False), show_traceback=len(given) < len(arguments))
 
 

@@ -46,6 +46,7 @@ class Options:
     pass_on: Sequence[str] = ()
     python: str = sys.executable
     ssh: str | None = None
+    doctor: bool = False  # only look whether the run could start
 
 
 def launch(config: str, overrides: Sequence[str], options: Options) -> int:
@@ -62,13 +63,14 @@ def build_job(config: str, overrides: Sequence[str], options: Options) -> Job:
         raise ConfigError("ssh: is not installed (Debian: apt-get install openssh-client)")
     rejoin = None if options.rejoin == "never" else _seconds("--rejoin", options.rejoin)
     return Job(
-        command=[MODULE, "train", config, *overrides],
+        command=[MODULE, *(("doctor", "--cluster") if options.doctor else ("train",)), config, *overrides],
         hosts=hosts,
         fits=lambda size: why_not(resolved, size),
         checkpoints=Path(resolved.run or "") / CHECKPOINTS,
         progress=Path(resolved.run or "") / METRICS,
         min_hosts=_least(options, len(hosts)),
-        restarts=options.restarts,
+        restarts=0 if options.doctor else options.restarts,
+        once=options.doctor,
         grace_s=_seconds("--grace", options.grace),
         lease_s=_seconds("--lost-after", options.lost_after),
         rejoin_s=rejoin,

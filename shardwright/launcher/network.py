@@ -53,13 +53,20 @@ def find_way_out(peer: str) -> Route:
 
 
 def choose_interface(place: Place | None, environment: MutableMapping[str, str] | None = None) -> None:
-    """Have gloo use the interface by which the first host is reached, where ranks are on several hosts.
+    """Have gloo and NCCL use the interface by which the first host is reached; loopback where all ranks are on one.
 
     A user's own GLOO_SOCKET_IFNAME stands. ConfigError where no interface but loopback comes into question: each host
     would wait for the others on its own.
     """
     environment = os.environ if environment is None else environment
-    if place is None or place.hosts == 1 or place.master is None or environment.get("GLOO_SOCKET_IFNAME"):
+    if place is None or place.master is None or environment.get("GLOO_SOCKET_IFNAME"):
+        return
+    if place.size > 1 and place.local_size == place.size:  # nothing of it needs to listen where other machines reach it
+        inside = loopback().interface
+        environment["GLOO_SOCKET_IFNAME"] = inside
+        environment.setdefault("NCCL_SOCKET_IFNAME", f"={inside}")
+        return
+    if place.hosts == 1:
         return
     try:
         route = find_route(place.master)
@@ -85,6 +92,16 @@ def _interfaces() -> list[str]:
         for name, entries in psutil.net_if_addrs().items()
         if name in up and any(e.family == socket.AF_INET and not e.address.startswith("127.") for e in entries)
     ]
+
+
+def interface_address(name: str) -> str | None:
+    """The address of an interface, IPv4 first as gloo takes it; None where it has none."""
+    entries = psutil.net_if_addrs().get(name, ())
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for entry in entries:
+            if entry.family == family:
+                return str(entry.address)
+    return None
 
 
 def loopback() -> Route:

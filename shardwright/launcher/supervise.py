@@ -50,6 +50,7 @@ class Job:
     progress: Path  # a file that grows while the run makes steps
     min_hosts: int
     restarts: int = 3
+    once: bool = False  # a failure is an answer: nothing is said of it or started again
     grace_s: float = 60.0
     lease_s: float = 30.0
     rejoin_s: float | None = 300.0
@@ -397,6 +398,8 @@ class Supervisor:
             return STOPPED if stopped else 0
         if failures and not lost and first_code(failures[0][1]) == MISTAKE:
             return MISTAKE
+        if failures and self.job.once:
+            return FAILED
         if self.signals:
             say("ended before all was saved; the same command goes on from the newest checkpoint")
             return 128 + self.signals[0]

@@ -115,12 +115,15 @@ def test_the_way_to_another_host_is_never_loopback():
         assert server.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
 
 
-def test_gloo_is_told_an_interface_only_where_there_are_several_hosts():
+def test_gloo_is_told_an_interface():
     one, two = Place("torchrun", 0, 2, 0, 2, "127.0.0.1", 1), Place("torchrun", 0, 4, 0, 2, "no-such.invalid", 1)
     found: dict[str, str] = {}
-    choose_interface(one, found)
     choose_interface(None, found)
-    assert found == {}
+    choose_interface(one._replace(local_size=None), found)
+    assert found == {}, "nothing is known"
+    choose_interface(one, inside := {})
+    lo = inside["GLOO_SOCKET_IFNAME"]
+    assert inside == {"GLOO_SOCKET_IFNAME": lo, "NCCL_SOCKET_IFNAME": f"={lo}"} and lo in ("lo", "lo0")
     with pytest.raises(ConfigError, match="MASTER_ADDR=no-such.invalid"):
         choose_interface(two, found)
     choose_interface(two, chosen := {"GLOO_SOCKET_IFNAME": "eth7"})

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
-from shardwright.config import Strict, free, meaning
+from shardwright.config import Strict, free, meaning, without_secret
 from shardwright.data.prepare.inputs import readable
 
 
@@ -118,6 +118,13 @@ class PrepareConfig(Strict):
     shard_tokens: int = meaning(2**24, "Tokens at which a shard is full", ge=1024, le=2**30)
     seed: int = meaning(0, "Seed of the tokenizer's sample and of MinHash", ge=0, lt=2**31)
     workers: int = free(0, "Processes; 0 takes one a core", ge=0)
+
+    @field_validator("input")
+    @classmethod
+    def _no_secrets(cls, places: list[str]) -> list[str]:
+        for place in places:
+            without_secret(place)
+        return places
 
     def recipe(self) -> dict[str, Any]:
         """All that decides about the bytes of the result, as plain JSON values, for the manifest."""
