@@ -36,7 +36,7 @@ from shardwright.launcher.world import Place, is_loopback
 from shardwright.log import quantity
 from shardwright.model.count import num_parameters
 from shardwright.parallel.mesh import choose_device, mesh_shape
-from shardwright.parallel.refusals import check_layout
+from shardwright.parallel.proposals import check_layout
 from shardwright.train.build import build_corpus, fit_to_corpus
 from shardwright.train.layout import build_facts
 from shardwright.train.preview import rank_memory
