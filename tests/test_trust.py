@@ -120,6 +120,7 @@ def umask(value: int) -> Iterator[None]:
         os.umask(before)
 
 
+@pytest.mark.in_turn
 def test_launch_listens_on_loopback_keeps_secrets_and_writes_for_nobody_else(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +143,7 @@ def test_launch_listens_on_loopback_keeps_secrets_and_writes_for_nobody_else(
     assert not [text for text in written if b"hunter2" in text]
 
 
+@pytest.mark.in_turn
 def test_under_torchrun_only_its_own_store_listens_outside(prepared: Path, tmp_path: Path) -> None:
     """torchrun's agent opens its store on every interface, which docs/trust.md says; no rank does such a thing."""
     raw = config(prepared, tmp_path / "run")

@@ -339,7 +339,7 @@ def check_memory(site: Site) -> str:
             "lower batch.micro, raise parallel.zero or the tensor degree, or end what else runs there",
             f"{free / GIB:.2f} GiB are free",
         )
-    return f"{need / GIB:.2f} GiB a rank estimated"
+    return f"{need / GIB:.2f} GiB a rank {'are needed' if config is None else 'estimated'}"
 
 
 # ------------------------------------------------------------------------------------------ devices, all-reduce

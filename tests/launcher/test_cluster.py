@@ -35,6 +35,7 @@ def failed(answer: dict[str, Any]) -> dict[str, str]:
     return {c["name"]: f"{c['detail']}; {c['remedy']}" for c in answer["checks"] if c["status"] == "failed"}
 
 
+@pytest.mark.in_turn
 def test_a_sound_cluster(ranks: Ranks, overrides: list[str], tmp_path: Path) -> None:
     answers = ranks.run(3, WORK, "", "debug/gpt2", overrides)
     assert [code for code, _, _ in answers] == [0, 0, 0]
@@ -153,6 +154,7 @@ def test_cards_without_kernels(capability: tuple[int, int], known: str, runs: bo
     assert has_kernels(capability, known.split()) is runs
 
 
+@pytest.mark.in_turn
 def test_by_launch_as_a_user_starts_it(overrides: list[str]) -> None:
     """Also that the text is one line each, and that the exit code reaches the launcher."""
     command = [sys.executable, "-m", "shardwright", "launch", "--doctor", "--nproc", "2", "debug/gpt2", *overrides]
