@@ -166,7 +166,7 @@ def plant(root: Path, file: str, source: str) -> list[str]:
         ("model/gpt.py", "im = importlib.import_module\nim('shardwright.train')", "model is below train"),
         ("data/pack.py", "from shardwright.checkpoint import save", "data and checkpoint are siblings"),
         ("data/pack.py", "from shardwright import load", "load is not a room"),
-        ("config.py", "from shardwright.model import families", "config is below model"),
+        ("config/reading.py", "from shardwright.model import families", "config is below model"),
         ("attic/old.py", "", "`attic` has no place in TIERS"),
     ],
 )
@@ -206,7 +206,7 @@ def test_no_layout_is_named_where_models_are() -> None:
 
 # Where the degrees of a layout may be told apart; what else trains asks `World` for copies, and knows the data axis.
 LAYOUT_ROOMS = ("parallel", "estimate", "planner", "launcher")
-LAYOUT_FILES = {"train/layout.py", "train/preview.py", "config.py"}
+LAYOUT_FILES = {"train/layout.py", "train/preview.py", "config/sections.py"}
 QUESTIONS = ("degree", "index")
 DEGREES = {"replicate", "shard", "context", "tensor", "pipeline"}
 
