@@ -27,7 +27,7 @@ Arrays = dict[str, np.ndarray]
 #: What a job gives: blocks of named arrays.
 Result = list[Arrays]
 _ALIGN = 64
-_LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM)
+_LEFT_TO_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM sends them to every process of a task
 
 
 class WorkerTraceback(Exception):
@@ -148,9 +148,10 @@ def _kill(workers: list[_Worker]) -> None:
 
 @contextlib.contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Start a process in here and it never sees SIGINT or SIGTERM, not even while it still imports."""
+    """Start a process in here and it never sees SIGINT, SIGTERM or SIGUSR1, not even while it still imports."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # for the tracker too, which minds the others
     resource_tracker.ensure_running()  # starting it would let the signals through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_PARENT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_PARENT)
     try:
         yield
     finally:

@@ -22,9 +22,11 @@ import typer
 
 from shardwright import __version__
 from shardwright.config import ConfigError, RunError, apply_override
+from shardwright.launcher.arguments import ConfigName, Json, Overrides
 from shardwright.launcher.early import leaving_at_once
 from shardwright.launcher.leash import on_leash
 from shardwright.launcher.network import choose_interface
+from shardwright.launcher.ways import launch
 from shardwright.launcher.world import enter_world
 from shardwright.log import get_logger
 
@@ -43,9 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example train.steps=100")]
-Json = Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object")]
 
 
 def _version(wanted: bool) -> None:
@@ -93,7 +92,7 @@ def _is_setting(argument: str) -> bool:
 
 @app.command(epilog="Example: shardwright train configs/english.yaml train.budget=2m run=runs/trial")
 def train(
-    config: Annotated[str, typer.Argument(help="Config file, or the name of a shipped config")],
+    config: ConfigName,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print config, batch, size and memory, and stop")] = False,
     debugging: Annotated[bool, typer.Option("--debug", help="20 steps in one process, pdb where it fails")] = False,
@@ -129,78 +128,12 @@ def train(
         raise typer.Exit(STOPPED)
 
 
-#: Options that only some ways to launch have.
-WAYS = {
-    "a start here or over ssh": ("nproc", "hosts", "min_nodes", "grace", "lost_after", "rejoin", "wait", "python",
-                                 "ssh", "doctor"),
-    "--kubernetes": ("nproc", "nodes", "image", "claim", "secret", "output"),
-    "--sky": ("nodes", "image", "storage", "cloud", "gpus", "spot", "secret", "output"),
-}  # fmt: skip
-
-
-@app.command(epilog="Example: shardwright launch --nproc 4 configs/english.yaml parallel.tensor=2")
-def launch(
-    context: typer.Context,
-    config: Annotated[str, typer.Argument(help="Config file, or the name of a shipped config")],
-    overrides: Overrides = None,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Processes of each host; default its GPUs, else 1")] = None,
-    hosts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Hosts to use over ssh: NAME [slots=N] a line")
-    ] = None,
-    min_nodes: Annotated[int | None, typer.Option(help="Go on with so many hosts after a loss; default all")] = None,
-    restarts: Annotated[int, typer.Option(min=0, help="Starts after a loss, from the newest checkpoint")] = 3,
-    grace: Annotated[
-        str, typer.Option(help="After SIGTERM, SIGUSR1 or Ctrl-C: time to finish the step and save")
-    ] = "60s",
-    lost_after: Annotated[str, typer.Option(help="A host that says nothing for so long is lost")] = "30s",
-    rejoin: Annotated[str, typer.Option(help="How often to look whether a lost host is back; or never")] = "5m",
-    wait: Annotated[str, typer.Option(help="How long to wait for hosts where fewer than needed are left")] = "10m",
-    env: Annotated[list[str] | None, typer.Option(help="Variable to hand to the other hosts; repeat")] = None,
-    doctor: Annotated[bool, typer.Option("--doctor", help="Only look whether the run could start there")] = False,
-    kubernetes: Annotated[bool, typer.Option("--kubernetes", help="Print a Kubeflow TrainJob, start nothing")] = False,
-    sky: Annotated[bool, typer.Option("--sky", help="Print a SkyPilot task, start nothing")] = False,
-    nodes: Annotated[int, typer.Option(min=1, help="Of a manifest: nodes, each with --nproc processes")] = 1,
-    image: Annotated[str | None, typer.Option(help="Of a manifest: container image with shardwright")] = None,
-    claim: Annotated[str | None, typer.Option(help="With --kubernetes: volume claim for data and runs")] = None,
-    storage: Annotated[str | None, typer.Option(help="With --sky: s3://..., gs://..., volume:NAME, ...")] = None,
-    cloud: Annotated[str | None, typer.Option(help="With --sky: aws, azure or gcp; default the cheapest")] = None,
-    gpus: Annotated[str | None, typer.Option(help="With --sky: of each node, such as A100:8")] = None,
-    spot: Annotated[bool, typer.Option("--spot", help="With --sky: machines that may be taken away")] = False,
-    secret: Annotated[list[str] | None, typer.Option(help="Of a manifest: a secret by name; repeat")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Of a manifest: file to write")] = None,
-    python: Annotated[str, typer.Option(help="Python on the other hosts", show_default="this one")] = sys.executable,
-    ssh: Annotated[str | None, typer.Option(help="ssh program and its options", show_default="ssh")] = None,
-) -> None:
-    """Train in several processes, on this machine, hosts or a cloud, and start again when one is lost."""
-    _refuse_strangers(context, "--kubernetes" if kubernetes else "--sky" if sky else "a start here or over ssh")
-    if kubernetes or sky:
-        from shardwright.launcher.kubernetes import write_manifest
-        from shardwright.launcher.manifest import build_wanted, write
-        from shardwright.launcher.sky import parse_gpus, write_task
-
-        wanted = build_wanted(
-            config, overrides or (), nodes=nodes, processes=parse_gpus(gpus) if sky else nproc or 1,
-            environment=env or (), secrets=secret or (), restarts=restarts,
-        )  # fmt: skip
-        text = (
-            write_task(wanted, cloud=cloud, gpus=gpus, spot=spot, storage=storage, image=image)
-            if sky
-            else write_manifest(wanted, image=image, claim=claim)
-        )
-        raise typer.Exit(write(text, output))
-    from shardwright.launcher.launch import Options
-    from shardwright.launcher.launch import launch as start
-
-    options = Options(
-        processes=nproc, hosts=hosts, min_hosts=min_nodes, restarts=restarts, grace=grace, lost_after=lost_after,
-        rejoin=rejoin, wait=wait, pass_on=env or (), python=python, ssh=ssh, doctor=doctor,
-    )  # fmt: skip
-    raise typer.Exit(start(config, overrides or (), options))
+app.command(epilog="Example: shardwright launch --nproc 4 configs/english.yaml parallel.tensor=2")(launch)
 
 
 @app.command(name="import", epilog="Example: shardwright import --deepspeed old configs/mine.yaml run=runs/mine")
 def import_weights(
-    config: Annotated[str, typer.Argument(help="Config file, or the name of a shipped config")],
+    config: ConfigName,
     deepspeed: Annotated[Path, typer.Option(metavar="FOLDER", help="What DeepSpeed's save_checkpoint wrote")],
     overrides: Overrides = None,
     tag: Annotated[str | None, typer.Option(help="Such as global_step100; default the latest")] = None,
@@ -213,17 +146,6 @@ def import_weights(
     weights = read_weights(deepspeed, tag)
     place = begin(read_config(config, overrides or ()), weights)
     print(f"{place}: {len(weights)} tensors of {deepspeed}; shardwright train goes on from there")
-
-
-def _refuse_strangers(context: typer.Context, way: str) -> None:
-    """ConfigError for an option of another way to launch."""
-    if context.params.get("kubernetes") and context.params.get("sky"):
-        raise ConfigError("--sky: does not go with --kubernetes")
-    for name in {name for names in WAYS.values() for name in names} - set(WAYS[way]):
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            fits = " and ".join(other for other, names in WAYS.items() if name in names)
-            raise ConfigError(f"--{name.replace('_', '-')}: does not go with {way}; it is for {fits}")
 
 
 @app.command(name="eval", epilog="Example: shardwright eval runs/english")
@@ -267,7 +189,7 @@ def generate(
 
 @app.command(epilog="Example: shardwright verify configs/english.yaml, or torchrun -m shardwright verify ... for ranks")
 def verify(
-    config: Annotated[str, typer.Argument(help="Config file, or the name of a shipped config")],
+    config: ConfigName,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps to compare")] = 3,
     number_format: Annotated[

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a command starts: one line in place of a traceback out of some import.
+"""Ctrl-C, SIGTERM and SIGUSR1 while a command starts: one line in place of a traceback out of some import.
 
 Imports nothing of weight, so that it is in force before what has; once training begins, train/signals.py takes over.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_CAUGHT = (signal.SIGTERM, signal.SIGINT)
+_CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 _leaving = threading.Lock()

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run finishes the step, saves and leaves; a second one leaves at once."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: a run finishes the step, saves and leaves; a second one leaves at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from shardwright.log import get_logger
 
-_CAUGHT = (signal.SIGTERM, signal.SIGINT)
+_CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LINGER_S = 8.0  # torchrun kills after 30
 
 
@@ -34,6 +34,8 @@ class Signals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and self.received == signal.SIGUSR1.name:
+            return  # of SLURM, as the time that SIGUSR1 announced is over: the save may still be whole before SIGKILL
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name

@@ -203,6 +203,7 @@ def test_workers_leave_signals_to_the_parent(pooled: Loader) -> None:
     for pid in pooled.worker_pids:
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGUSR1)
     assert [next(pooled).step for _ in range(60)] == list(range(1, 61))
 
 

@@ -125,13 +125,18 @@ class Launch:
 
     def sequences(self) -> dict[int, list[int]]:
         """Sequence numbers of each step, over all ranks, as the last attempt that made the step took them."""
-        steps: dict[int, dict[int, list[int]]] = {}
-        for file in sorted((self.folder / RECORDS).glob("rank-*")):
-            for line in file.read_text().splitlines():
-                with suppress(ValueError):  # cut off by the kill
-                    record = json.loads(line)
-                    steps.setdefault(record["step"], {}).setdefault(record["attempt"], []).extend(record["sequences"])
-        return {step: sorted(attempts[max(attempts)]) for step, attempts in steps.items()}
+        return recorded_sequences(self.folder / RECORDS)
+
+
+def recorded_sequences(folder: Path) -> dict[int, list[int]]:
+    """Sequence numbers of each step that ranks have written into a folder; those of the last attempt that made it."""
+    steps: dict[int, dict[int, list[int]]] = {}
+    for file in sorted(folder.glob("rank-*")):
+        for line in file.read_text().splitlines():
+            with suppress(ValueError):  # cut off by the kill
+                record = json.loads(line)
+                steps.setdefault(record["step"], {}).setdefault(record["attempt"], []).extend(record["sequences"])
+    return {step: sorted(attempts[max(attempts)]) for step, attempts in steps.items()}
 
 
 def kill_rank(launch: Launch, rank: int) -> None:

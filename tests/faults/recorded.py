@@ -24,7 +24,7 @@ def record_steps() -> None:
 
     folder = Path(os.environ[FOLDER])
     held = [int(step) for step in os.environ.get(HOLD, "").split(",") if step]
-    rank, attempt = os.environ["RANK"], int(os.environ["TORCHELASTIC_RUN_ID"])
+    rank, attempt = os.environ["RANK"], number_of_attempt()
 
     class Recorded(loop.Run):
         def _one_step(self) -> None:
@@ -47,6 +47,13 @@ def record_steps() -> None:
             super()._after_step()
 
     loop.Run = Recorded  # type: ignore[misc]
+
+
+def number_of_attempt() -> int:
+    """Of `launch`, which counts them; of a SLURM job's start and the step in it."""
+    if "SLURM_JOB_ID" in os.environ:
+        return 1000 * int(os.environ.get("SLURM_RESTART_COUNT", "0")) + int(os.environ["SLURM_STEP_ID"])
+    return int(os.environ["TORCHELASTIC_RUN_ID"])
 
 
 def main() -> Any:

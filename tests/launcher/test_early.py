@@ -14,7 +14,7 @@ from shardwright.launcher.early import leaving_at_once
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)])
 def test_a_signal_while_torch_is_imported(name: str, code: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "shardwright", "train", "configs/debug/gpt2.yaml", f"run={tmp_path / 'run'}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

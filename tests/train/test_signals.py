@@ -1,12 +1,13 @@
-"""SIGTERM's handler around a run of several ranks."""
+"""Signals of clusters around a run: which ask it to save, which end it, and who is given time."""
 
+import os
 import signal
 from contextlib import suppress
 
 import pytest
 
 from shardwright.config import RunError
-from shardwright.train.signals import lingering
+from shardwright.train.signals import Signals, lingering
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +30,20 @@ def test_a_rank_that_leaves_with_an_error_has_the_time_to_say_it(before):
         inside = signal.getsignal(signal.SIGTERM)
         raise RunError("rank 1 is gone")
     assert signal.getsignal(signal.SIGTERM) is inside is not before
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_each_asks_once_and_the_second_leaves(first):
+    with Signals() as signals:
+        os.kill(os.getpid(), first)
+        assert signals.received == first.name
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), first)
+
+
+def test_the_sigterm_that_follows_sigusr1_does_not_break_the_save():
+    """SLURM sends it when the time is over that SIGUSR1 announced, and SIGKILL a good while later."""
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == "SIGUSR1"
