@@ -57,6 +57,7 @@ EXTRAS = {
     "hf": ["transformers>=5.0,<6", "datasets>=4.0", "peft>=0.17"],
     "deepspeed": ["deepspeed>=0.19.8"],  # earlier ones have known wrong-gradient bugs at ZeRO stage 2
     "accelerate": ["accelerate>=1.10"],
+    "ray": ["ray>=2.60"],  # earlier ones start without a token
     "s3": ["s3fs>=2024.6"],
     "wandb": ["wandb>=0.19"],
     "dev": [

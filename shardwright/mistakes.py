@@ -45,7 +45,7 @@ def _one_line(e: Any, key: str, owner: Section | None, unknown: str) -> str:
         )
     message = e["msg"].removeprefix("Value error, ")
     if kind == "value_error":
-        return f"{key}: {message}"
+        return f"{key}: {message}" if key else message
     return f"{key}: got {given!r} ({type(given).__name__}); {message[0].lower()}{message[1:]}"
 
 

@@ -143,9 +143,9 @@ def shard_path(split: str, number: int) -> str:
     return f"{split}/{number // SHARDS_PER_FOLDER:03d}/{number:05d}.tar"
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole, on disk, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def write_atomic(path: Path, data: bytes, temporary: Path | None = None) -> None:
+    """Write a file whole, on disk, or not at all; `temporary` is what it is called until then."""
+    temporary = temporary or path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -63,8 +63,12 @@ class ShardWriter:
         member_tokens: int = 524288,
         *,
         root: str | Path | None = None,
+        temporary: Path | None = None,
     ) -> None:
-        """`path` ends in .tar; `root` is the manifest's folder, to which the names in ShardInfo are relative."""
+        """`path` ends in .tar; `root` is the manifest's folder, to which the names in ShardInfo are relative.
+
+        `temporary` (ends in .tar too) is what the shard is called until it is whole.
+        """
         self.path = Path(path)
         self.index_path = self.path.with_suffix(".idx")
         self.dtype_name = np.dtype(dtype).name
@@ -80,7 +84,8 @@ class ShardWriter:
         self._starts: dict[str, list[np.ndarray] | None] = {"word_starts": None, "sentence_starts": None}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # A fixed name: the shard of a preparation that was killed is written over, never left behind.
-        self._temporary = self.path.with_name(f".{self.path.name}.tmp")
+        self._temporary = temporary or self.path.with_name(f".{self.path.name}.tmp")
+        self._temporary.parent.mkdir(parents=True, exist_ok=True)
         self._file = _HashingFile(self._temporary.open("wb"))
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
 
@@ -130,7 +135,7 @@ class ShardWriter:
         self._file.close(sync=True)
         index = self._index_bytes(tar_bytes, tar_sha256)
         os.replace(self._temporary, self.path)
-        write_atomic(self.index_path, index)
+        write_atomic(self.index_path, index, self._temporary.with_suffix(".idx"))
         return ShardInfo(
             path=_relative(self.path, self._root),
             index=_relative(self.index_path, self._root),

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +66,8 @@ def _root(
 def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, URLs, hf:NAME, bundled:english; key=value")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the prepared shards")],
+    engine: Annotated[str | None, typer.Option(help="Who runs the work: processes (of this machine) or ray")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="HOST:PORT of a Ray cluster, or auto; else Ray here")] = None,
     as_json: Json = False,
 ) -> None:
     """Clean, split, tokenise and shard a corpus."""
@@ -74,9 +76,11 @@ def prepare(
     from shardwright.data.prepare import prepare as run
 
     raw: dict[str, Any] = {"input": [i for i in inputs if not _is_setting(i)], "output": str(output)}
+    raw |= {key: value for key, value in (("engine", engine), ("ray_address", ray_address)) if value is not None}
     for setting in filter(_is_setting, inputs):
         apply_override(raw, setting)
-    manifest = run(parse(PrepareConfig, raw, "prepare"), progress=not as_json)
+    with redirect_stdout(sys.stderr):  # where Ray, too, may say what befalls its workers
+        manifest = run(parse(PrepareConfig, raw, "prepare"), progress=not as_json)
     if as_json:
         splits = {n: {"tokens": s.tokens, "documents": s.documents} for n, s in manifest.splits.items()}
         print(json.dumps({"output": str(output), "splits": splits, "counts": manifest.counts}))

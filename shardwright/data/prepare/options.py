@@ -1,19 +1,23 @@
 """What `prepare` can be told, as one strict config; the command line is made from it.
 
-`output`, `workers` and `on_error` are free: everything else is the recipe, and two preparations with the same recipe
-and input give the same bytes. (`on_error` decides only whether broken input stops the work: what it leaves is the
-same, so that a preparation stopped by a broken file can go on with `on_error=skip`.)
+`output`, `workers`, `engine`, `ray_address` and `on_error` are free: everything else is the recipe, and two
+preparations with the same recipe and input give the same bytes. (`on_error` decides only whether broken input stops the
+work: what it leaves is the same, so that a preparation stopped by a broken file can go on with `on_error=skip`.)
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
 from shardwright.config import Strict, free, meaning, without_secret
 from shardwright.data.prepare.inputs import readable
+
+FREE = {"output", "workers", "engine", "ray_address", "on_error"}  # what has no say in the bytes of the result
+_ADDRESS = re.compile(r"(?:[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 
 
 class TokenizerOptions(Strict):
@@ -80,7 +84,7 @@ class DedupOptions(Strict):
     """Repeated documents; of several the first in input order stays."""
 
     exact: bool = meaning(True, "Leave out documents whose cleaned text was seen before")
-    near: bool = meaning(False, "Leave out near-duplicates (MinHash); see the memory note in prepare/dedup.py")
+    near: bool = meaning(False, "Leave out near-duplicates (MinHash)")
     threshold: float = meaning(0.8, "Jaccard similarity from which two documents are near-duplicates", gt=0, le=1)
     permutations: int = meaning(128, "Hash functions of a MinHash signature", ge=16, le=2**14)
     words: int = meaning(5, "Words in a shingle; a Chinese character counts as one", ge=1)
@@ -117,7 +121,24 @@ class PrepareConfig(Strict):
     starts: bool = meaning(False, "Also index where sentences and words start, for BERT, ALBERT, BART, XLNet")
     shard_tokens: int = meaning(2**24, "Tokens at which a shard is full", ge=1024, le=2**30)
     seed: int = meaning(0, "Seed of the tokenizer's sample and of MinHash", ge=0, lt=2**31)
-    workers: int = free(0, "Processes; 0 takes one a core", ge=0)
+    workers: int = free(0, "Processes, or Ray tasks at a time; 0 takes one a core", ge=0)
+    engine: Literal["processes", "ray"] = free("processes", "Who runs the work: processes of this machine, or Ray")
+    ray_address: str | None = free(
+        None, "Ray cluster to work on: HOST:PORT of its head node, or auto; null starts Ray on this machine alone"
+    )
+
+    @model_validator(mode="after")
+    def _address_of_ray(self) -> PrepareConfig:
+        if self.ray_address is None:
+            return self
+        if self.engine != "ray":
+            raise ValueError("ray_address belongs to engine=ray; leave it out, or give both")
+        if self.ray_address != "auto" and not _ADDRESS.fullmatch(self.ray_address):
+            raise ValueError(
+                f"ray_address={self.ray_address}: expected HOST:PORT of the cluster's head node, or auto; "
+                "start the command on a machine of the cluster"
+            )
+        return self
 
     @field_validator("input")
     @classmethod
@@ -128,7 +149,7 @@ class PrepareConfig(Strict):
 
     def recipe(self) -> dict[str, Any]:
         """All that decides about the bytes of the result, as plain JSON values, for the manifest."""
-        return _readable(self.model_dump(exclude={"output", "workers", "on_error"}))
+        return _readable(self.model_dump(exclude=FREE))
 
     def for_workers(self) -> str:
         """All of it as JSON; names of files, which workers have no use for, as messages spell them."""

@@ -1,21 +1,21 @@
 """The preparation from end to end, in five passes, each of which goes on where it was killed.
 
-clean (units in parallel) -> duplicates (one process, input order) -> tokenizer -> tokens (units in parallel) -> shards
-(in parallel). Units are cut from the input at fixed places, every intermediate file is a pure function of its unit and
-the recipe and stands under its name only when whole; so the result is the same bytes for any number of workers and
-kills. Intermediate files lie in OUTPUT/.prepare, which takes about as much room as the uncompressed text.
+clean (units in parallel) -> duplicates (partitions in parallel) -> tokenizer -> tokens (units in parallel) -> shards
+(in parallel). What runs in parallel are tasks for a `Pool`: processes of this machine, or Ray's. Units are cut from the
+input at fixed places, every intermediate file is a pure function of its unit and the recipe and stands under its name
+only when whole; so the result is the same bytes for any pool, number of workers and kills. Intermediate files lie in
+OUTPUT/.prepare, which takes about as much room as the uncompressed text.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import shutil
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,15 @@ import numpy as np
 
 from shardwright.config import ConfigError, RunError
 from shardwright.data.manifest import Manifest, ShardInfo, SplitInfo, write_atomic
-from shardwright.data.prepare import state, units
-from shardwright.data.prepare.dedup import check_dedup, exact_duplicates, near_duplicates
+from shardwright.data.prepare import duplicates, state, units
+from shardwright.data.prepare.dedup import check_dedup
 from shardwright.data.prepare.filters import check_languages, contamination_of
 from shardwright.data.prepare.inputs import list_inputs
 from shardwright.data.prepare.options import PrepareConfig
 from shardwright.data.prepare.pool import Pool, build_pool, num_workers
-from shardwright.data.prepare.readers import read_inputs
-from shardwright.data.prepare.records import cut_units
+from shardwright.data.prepare.ray_pool import RayPool, check_ray, ray_pool
+from shardwright.data.prepare.records import Stretch, cut_stretches
+from shardwright.data.prepare.summary import Summary
 from shardwright.data.prepare.units import SPLITS, Job
 from shardwright.data.prepare.vocabulary import check_pattern, describe, train_tokenizer
 from shardwright.data.tokenizers import Tokenizer, files_of
@@ -38,6 +39,7 @@ from shardwright.log import Bar, get_logger
 from shardwright.log import progress as show
 
 BROKEN_SHOWN = 10
+Kept = Callable[[], Iterator[tuple[int, np.ndarray]]]  # each unit, and which of its documents are removed
 
 
 def prepare(config: PrepareConfig, *, progress: bool = True) -> Manifest:
@@ -64,6 +66,8 @@ class _Preparation:
         self.config, self.output, self.work, self.quiet = config, output, work, quiet
         check_languages(config.filters.languages)
         check_dedup(config.dedup)
+        if config.engine == "ray":
+            check_ray(config.ray_address)
         check_pattern(config.tokenizer.pattern)
         if config.tokenizer.path is not None:  # before hours of cleaning, not after
             _open_tokenizer(config)
@@ -91,16 +95,22 @@ class _Preparation:
         return manifest
 
     def _work(self) -> None:
-        job = Job(str(self.work), self.config.for_workers(), json.dumps(self.source))
-        with build_pool(num_workers(self.config.workers)) as pool:
+        job = Job(str(self.work.resolve()), self.config.for_workers(), json.dumps(self.source))
+        with self._pool() as pool:
             cleaned = self._clean(pool, job)
-            removed = self._find_duplicates(job, cleaned)
-            tokenizer = self._tokenizer(job, cleaned, removed)
+            removed = self._find_duplicates(pool, job, cleaned)
+            kept = partial(_by_unit, cleaned["units"], removed)
+            tokenizer = self._tokenizer(pool, job, kept)
             job = job._replace(key=tokenizer.sha256)
-            self._encode(pool, job, cleaned, removed)
-            splits = self._write_shards(pool, job, cleaned)
+            tokens = self._encode(pool, job, kept)
+            splits = self._write_shards(pool, job, [unit for unit, _ in cleaned["units"]], tokens)
         state.save_skipped(self.work, self._broken_lines(cleaned))
         self._manifest(tokenizer, splits, cleaned, removed).save(self.work)
+
+    def _pool(self) -> AbstractContextManager[Pool]:
+        if self.config.engine == "ray":
+            return ray_pool(self.config, self.work)
+        return build_pool(num_workers(self.config.workers))
 
     # -- pass 0: evaluation files -----------------------------------------------------------------------------------
 
@@ -125,45 +135,63 @@ class _Preparation:
             write_atomic(marker, json.dumps(cleaned).encode())
         if cleaned["broken"] and self.config.on_error == "fatal":
             self._fail(cleaned["broken"][0])
-        if not sum(cleaned["documents"]):
+        if not any(count for _, count in cleaned["units"]):
             raise ConfigError(f"input={', '.join(self.config.input)}: no document is left; counts: {cleaned['counts']}")
         return cleaned
 
     def _clean_units(self, pool: Pool, job: Job) -> dict[str, Any]:
-        done, file, behind = state.cleaned_units(job, self.files)
-        facts: list[dict[str, Any]] = [*done]
-        sizes = [f.size for f in self.files]
+        stretches = cut_stretches([file.size for file in self.files])
+        done = [units.done_units(stretch, job) for stretch in stretches]
+        summary = Summary()
+        for facts in chain.from_iterable(done):
+            summary.add(facts)
+        if summary.num_units:
+            get_logger().info(f"{self.output}: going on after {summary.num_units} finished units")
+        sizes = [file.size for file in self.files]
         total = None if None in sizes else sum(size or 0 for size in sizes)
-        skipped = sum(f.size or 0 for f in self.files[:file])
-        if done:
-            get_logger().info(f"{self.output}: going on after {len(done)} finished units")
-        with self._bar(total, "bytes", "clean", skipped) as bar:
-            records = read_inputs(self.files, self.config, first_file=file, behind=behind, advance=bar.advance)
-            tasks = ((unit, job) for unit in cut_units(records, len(done), file, behind))
-            for unit_facts in pool(units.clean_unit, tasks):
-                if unit_facts["broken"] and self.config.on_error == "fatal":
-                    self._fail(unit_facts["broken"][0])
-                facts.append(unit_facts)
-        return self._summarise(facts)
+        with self._bar(total, "bytes", "clean", sum(sizes[file] or 0 for file in summary.files)) as bar:
+            spread = self._read_there if self._workers_read(pool, stretches) else self._read_here
+            for facts in spread(pool, job, stretches, done, bar):
+                if facts["broken"] and self.config.on_error == "fatal":
+                    self._fail(facts["broken"][0])
+                summary.add(facts)
+        return self._told(summary)
 
-    def _summarise(self, facts: list[dict[str, Any]]) -> dict[str, Any]:
-        """One summary of all units: counts added up, broken records and hashes of files in input order."""
-        counts: dict[str, Counter[str]] = {}
-        for unit in facts:
-            for group, values in unit["counts"].items():
-                counts.setdefault(group, Counter()).update(values)
-        broken = [entry for unit in facts for entry in unit["broken"]]
-        _warn([f"left out: {self._describe(entry)}" for entry in broken], "broken records; skipped.jsonl lists them")
-        with_records = {file for unit in facts for file, _ in unit["records"]}
-        barren = [self.files[file].shown for unit in facts for file, _ in unit["ends"] if file not in with_records]
+    def _workers_read(self, pool: Pool, stretches: list[Stretch]) -> bool:
+        """Whether the workers read the input themselves: on Ray, where each has a stretch to read and can open it."""
+        return (
+            isinstance(pool, RayPool)
+            and len(stretches) >= pool.num_cores
+            and pool.can_open([self.files[0].location, self.files[-1].location])
+        )
+
+    def _read_here(
+        self, pool: Pool, job: Job, stretches: list[Stretch], done: list[list[dict[str, Any]]], bar: Bar
+    ) -> Iterator[dict[str, Any]]:
+        """This process reads and cuts units, the workers clean them."""
+        left = (
+            units.units_left(stretch, self.files[stretch.start : stretch.stop], facts, self.config, bar.advance)
+            for stretch, facts in zip(stretches, done, strict=True)
+        )
+        yield from pool(units.clean_unit, ((unit, job) for unit in chain.from_iterable(left)))
+
+    def _read_there(
+        self, pool: Pool, job: Job, stretches: list[Stretch], done: list[list[dict[str, Any]]], bar: Bar
+    ) -> Iterator[dict[str, Any]]:
+        """A worker reads a stretch and cleans it."""
+        left = [(s, len(facts)) for s, facts in zip(stretches, done, strict=True) if not units.is_done(s, facts)]
+        tasks = ((s, self.files[s.start : s.stop], known, job) for s, known in left)
+        for (stretch, _), found in zip(left, pool(units.clean_stretch, tasks), strict=True):
+            bar.advance(sum(file.size or 0 for file in self.files[stretch.start : stretch.stop]))
+            yield from found
+
+    def _told(self, summary: Summary) -> dict[str, Any]:
+        """The summary, its warnings said."""
+        cleaned = summary.as_dict()
+        _warn([f"left out: {self._describe(e)}" for e in cleaned["broken"]], "broken records; skipped.jsonl lists them")
+        barren = [self.files[file].shown for file in summary.barren]
         _warn([f"{name}: holds no record (line, row, member, page); take it out" for name in barren], "such files")
-        return {
-            "documents": [unit["documents"] for unit in facts],
-            "counts": {group: dict(sorted(values.items())) for group, values in sorted(counts.items())},
-            "broken": broken,
-            "barren": len(barren),
-            "sha256": dict(entry for unit in facts for entry in unit["ends"]),
-        }
+        return cleaned
 
     def _fail(self, entry: list[Any]) -> None:
         raise ConfigError(f"{self._describe(entry)} (or leave such input out, counted, with on_error=skip)")
@@ -177,53 +205,32 @@ class _Preparation:
 
     # -- pass 2: duplicates -----------------------------------------------------------------------------------------
 
-    def _find_duplicates(self, job: Job, cleaned: dict[str, Any]) -> np.ndarray:
+    def _find_duplicates(self, pool: Pool, job: Job, cleaned: dict[str, Any]) -> np.ndarray:
         """uint8 [documents] in input order: 0 stays, 1 an exact duplicate, 2 a near one."""
         path = self.work / "duplicates.npy"
-        count = sum(cleaned["documents"])
-        if path.exists():
-            return np.load(path)
-        removed = np.zeros(count, np.uint8)
-        if self.config.dedup.exact:
-            prints = [a["fingerprints"] for a in self._parts(job, cleaned, ("fingerprints",))]
-            removed[exact_duplicates(np.concatenate(prints))] = 1
-        if self.config.dedup.near:
-            with self._bar(count, "documents", "near-duplicates") as bar:
-                signatures = self._signatures(job, cleaned, removed, bar)
-                removed[near_duplicates(signatures, count, self.config.dedup, self.config.seed)] = 2
-        state.save_array(path, removed)
-        return removed
-
-    def _signatures(self, job: Job, cleaned: dict[str, Any], removed: np.ndarray, bar: Bar) -> Iterator[Any]:
-        number = 0
-        for arrays in self._parts(job, cleaned, ("signatures",)):
-            for values in arrays["signatures"]:
-                yield None if removed[number] else values
-                number += 1
-                bar.advance()
-
-    @staticmethod
-    def _parts(job: Job, cleaned: dict[str, Any], names: tuple[str, ...]) -> Iterator[dict[str, np.ndarray]]:
-        for unit in range(len(cleaned["documents"])):
-            yield units.read_part(job.part("clean", unit), names)[0]
+        if not path.exists():
+            removed = duplicates.find_duplicates(pool, job, cleaned["units"], self.config, self._bar)
+            state.save_array(path, removed)
+            duplicates.forget(self.work)
+        return np.load(path)
 
     # -- pass 3: tokenizer ------------------------------------------------------------------------------------------
 
-    def _tokenizer(self, job: Job, cleaned: dict[str, Any], removed: np.ndarray) -> Tokenizer:
+    def _tokenizer(self, pool: Pool, job: Job, kept: Kept) -> Tokenizer:
         facts = self.work / "tokenizer.facts"
         if not facts.exists():
             if self.config.tokenizer.path is not None:
                 tokenizer = _open_tokenizer(self.config)
             else:
-                tokenizer = self._train_tokenizer(job, cleaned, removed)
+                tokenizer = self._train_tokenizer(pool, job, kept)
             tokenizer.save(self.work / tokenizer.file)
             end = {"file": tokenizer.file, "end_of_document": tokenizer.end_of_document}
             write_atomic(facts, json.dumps(end).encode())
         return units.load_tokenizer(self.work)
 
-    def _train_tokenizer(self, job: Job, cleaned: dict[str, Any], removed: np.ndarray) -> Tokenizer:
+    def _train_tokenizer(self, pool: Pool, job: Job, kept: Kept) -> Tokenizer:
         get_logger().info(f"training a {self.config.tokenizer.kind} of {self.config.tokenizer.vocab_size} tokens")
-        total = sum(int(sizes.sum()) for sizes in self._training_sizes(job, cleaned, removed))
+        total = sum(pool(units.training_bytes, ((unit, removed, job) for unit, removed in kept())))
         if not total:
             raise ConfigError(
                 f"validation_every={self.config.validation_every}: no document is left for training, so that no "
@@ -231,61 +238,46 @@ class _Preparation:
             )
         share = min(self.config.tokenizer.sample_mib * 2**20 / total, 1.0)
         passes = 1 if self.config.tokenizer.kind == "bpe" else 2
-        with self._bar(passes * total * share, "bytes", "read for the tokenizer") as bar:
-            texts = partial(self._training_texts, job, cleaned, removed, share, bar)
-            return train_tokenizer(texts, self.config.tokenizer)
 
-    def _training_sizes(self, job: Job, cleaned: dict[str, Any], removed: np.ndarray) -> Iterator[np.ndarray]:
-        """UTF-8 bytes of the training documents, unit by unit."""
-        offsets = np.cumsum([0, *cleaned["documents"]])
-        for unit, arrays in enumerate(self._parts(job, cleaned, ("offsets", "validation"))):
-            stays = removed[offsets[unit] : offsets[unit + 1]] == 0
-            yield np.diff(arrays["offsets"])[stays & (arrays["validation"] == 0)]
-
-    def _training_texts(
-        self, job: Job, cleaned: dict[str, Any], removed: np.ndarray, share: float, bar: Bar | None = None
-    ) -> Iterator[str]:
-        """Texts of the training split in input order; a share below 1 is a sample by the texts' hashes."""
-        offsets = np.cumsum([0, *cleaned["documents"]])
-        for unit, arrays in enumerate(self._parts(job, cleaned, ("text", "offsets", "validation"))):
-            arrays["removed"] = removed[offsets[unit] : offsets[unit + 1]] > 0
-            for text in units.split_texts(arrays, "train"):
-                if share < 1 and not _in_sample(text, share, self.config.seed):
-                    continue
-                if bar is not None:
+        def texts() -> Iterator[str]:
+            """The training split in input order, or a sample of it."""
+            for found in pool(units.training_sample, ((unit, removed, share, job) for unit, removed in kept())):
+                for text in found:
                     bar.advance(len(text.encode()))
-                yield text
+                    yield text
+
+        with self._bar(passes * total * share, "bytes", "read for the tokenizer") as bar:
+            return train_tokenizer(texts, self.config.tokenizer)
 
     # -- pass 4: tokens ---------------------------------------------------------------------------------------------
 
-    def _encode(self, pool: Pool, job: Job, cleaned: dict[str, Any], removed: np.ndarray) -> None:
-        offsets = np.cumsum([0, *cleaned["documents"]])
-        tasks = (
-            (unit, removed[offsets[unit] : offsets[unit + 1]] > 0, job) for unit in range(len(cleaned["documents"]))
-        )
-        with self._bar(int(offsets[-1]), "documents", "tokenise") as bar:
-            for count, _ in zip(cleaned["documents"], pool(units.encode_unit, tasks), strict=True):
+    def _encode(self, pool: Pool, job: Job, kept: Kept) -> dict[str, int]:
+        """Tokenise every unit; returns the tokens of each split."""
+        totals = dict.fromkeys(SPLITS, 0)
+        documents = (len(removed) for _, removed in kept())
+        results = pool(units.encode_unit, ((unit, removed, job) for unit, removed in kept()))
+        with self._bar(sum(len(removed) for _, removed in kept()), "documents", "tokenise") as bar:
+            for count, found in zip(documents, results, strict=True):
+                for split, (_, tokens) in found.items():
+                    totals[split] += tokens
                 bar.advance(count)
+        return totals
 
     # -- pass 5: shards ---------------------------------------------------------------------------------------------
 
-    def _write_shards(self, pool: Pool, job: Job, cleaned: dict[str, Any]) -> dict[str, SplitInfo]:
-        plans = {split: self._plan(split, job, len(cleaned["documents"])) for split in SPLITS}
+    def _write_shards(self, pool: Pool, job: Job, numbers: list[int], tokens: dict[str, int]) -> dict[str, SplitInfo]:
         splits: dict[str, SplitInfo] = {}
-        with self._bar(sum(map(len, plans.values())), "shards", "write shards") as bar:
-            for split, plan in plans.items():
+        with self._bar(sum(tokens.values()), "tokens", "write shards") as bar:
+            for split in SPLITS:
                 infos = []
+                lengths = pool(units.token_lengths, ((unit, split, job) for unit in numbers))
+                plan = units.plan_shards(zip(numbers, lengths, strict=True), self.config.shard_tokens)
                 tasks = ((split, number, pieces, job) for number, pieces in enumerate(plan))
                 for info in pool(units.write_shard, tasks):
                     infos.append(ShardInfo(**info))
-                    bar.advance()
+                    bar.advance(info["tokens"])
                 splits[split] = SplitInfo.of(infos)
         return splits
-
-    def _plan(self, split: str, job: Job, num_units: int) -> list[list[units.Piece]]:
-        name = f"{split}.lengths"
-        lengths = [units.read_part(job.part("tokens", unit), (name,))[0][name] for unit in range(num_units)]
-        return units.plan_shards(lengths, self.config.shard_tokens)
 
     # -- the manifest -----------------------------------------------------------------------------------------------
 
@@ -344,9 +336,12 @@ def _warn(lines: list[str], what: str) -> None:
         get_logger().warning(f"... {len(lines)} {what}")
 
 
-def _in_sample(text: str, share: float, seed: int) -> bool:
-    digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") < share * 2**64
+def _by_unit(documents: list[tuple[int, int]], removed: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(unit, which of its documents are removed, bool) for each unit, of which `documents` gives number and count."""
+    first = 0
+    for unit, count in documents:
+        yield unit, removed[first : first + count] > 0
+        first += count
 
 
 def _totals(manifest: Manifest) -> str:

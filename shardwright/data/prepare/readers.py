@@ -33,15 +33,17 @@ def read_inputs(
     *,
     first_file: int = 0,
     behind: int = 0,
+    start: int = 0,
     advance: Callable[[int], None] = lambda count: None,
     every_field: bool = False,
 ) -> Iterator[Record]:
     """Every record of the files in order, from record `behind` of file `first_file`; END closes each file.
 
-    With `every_field` a row of a table is a list of all its values, not the text field's.
+    `start` is the number of the first of the files, where they are not all of the input. With `every_field` a row of a
+    table is a list of all its values, not the text field's.
     """
-    for number in range(first_file, len(files)):
-        records = read_file(number, files[number], config, advance, every_field)
+    for number in range(first_file, start + len(files)):
+        records = read_file(number, files[number - start], config, advance, every_field)
         for index, record in enumerate(records):
             if number > first_file or index >= behind:
                 yield record

@@ -6,7 +6,7 @@ one reading process feeds many of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 # Kinds of records, by what `data` holds.
@@ -65,6 +65,32 @@ class Unit(NamedTuple):
 
 
 UNIT_BYTES = 2 << 20
+STRETCH_BYTES = 64 << 20
+_UNITS = 10**7  # numbers for the units of a stretch
+
+
+class Stretch(NamedTuple):
+    """Neighbouring files [start, stop) that are read by one process; units do not go across its ends."""
+
+    number: int
+    start: int
+    stop: int
+
+    def unit(self, place: int) -> int:
+        """Number of one of its units: input order is that of the numbers."""
+        return self.number * _UNITS + place
+
+
+def cut_stretches(sizes: Sequence[int | None]) -> list[Stretch]:
+    """Group files by their stored bytes (None where only reading tells); what comes later moves no earlier end."""
+    stretches: list[Stretch] = []
+    start, held = 0, 0
+    for file, size in enumerate(sizes):
+        held += STRETCH_BYTES if size is None else size
+        if held >= STRETCH_BYTES or file == len(sizes) - 1:
+            stretches.append(Stretch(len(stretches), start, file + 1))
+            start, held = file + 1, 0
+    return stretches
 
 
 def cut_units(records: Iterable[Record], first: int, file: int, behind: int) -> Iterator[Unit]:

@@ -24,7 +24,7 @@ from shardwright.config import ConfigError, RunError
 from shardwright.data.manifest import Manifest, ShardError, write_atomic
 from shardwright.data.prepare.inputs import InputFile, format_of, is_remote, list_inputs
 from shardwright.data.prepare.options import PrepareConfig
-from shardwright.data.prepare.units import SPLITS, Job, read_part
+from shardwright.data.prepare.units import SPLITS, read_part
 from shardwright.data.tokenizers import Tokenizer, files_of
 from shardwright.log import get_logger
 
@@ -32,7 +32,7 @@ WORK = ".prepare"
 SKIPPED = "skipped.jsonl"
 WORTH_KEEPING = 32  # finished units (of 2 MiB) from which unfinished work is not dropped for another recipe
 HASHED_BYTES = 2**30  # what a second run reads at most of files that seem as they were
-RECIPE = 2  # rises when the same recipe gives other bytes than before
+RECIPE = 3  # rises when the same recipe gives other bytes, or other intermediate files, than before
 
 
 def find_finished(output: Path, config: PrepareConfig) -> Manifest | None:
@@ -239,15 +239,6 @@ def _first_difference(before: list[Any], now: list[Any]) -> int:
 
 def _unit_facts(path: Path) -> dict[str, Any]:
     return read_part(path, ())[1]
-
-
-def cleaned_units(job: Job, files: list[InputFile]) -> tuple[list[dict[str, Any]], int, int]:
-    """(facts of the units cleaned without a gap from the first, file where the next begins, its records behind)."""
-    facts: list[dict[str, Any]] = []
-    while (path := job.part("clean", len(facts))).exists():
-        facts.append(_unit_facts(path))
-    file, behind = facts[-1]["next"] if facts else (0, 0)
-    return facts, file, behind
 
 
 def publish(work: Path, output: Path, tokenizer: Tokenizer) -> Manifest:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import uuid
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +25,28 @@ from shardwright.data.prepare.archives import page_text
 from shardwright.data.prepare.clean import clean
 from shardwright.data.prepare.dedup import fingerprint, signature
 from shardwright.data.prepare.filters import Filters, load_contamination
+from shardwright.data.prepare.inputs import InputFile
 from shardwright.data.prepare.options import PrepareConfig
-from shardwright.data.prepare.records import BROKEN, END, HTML, JSON, TEXT, WIKI, Record, Unit, which_text
+from shardwright.data.prepare.readers import read_inputs
+from shardwright.data.prepare.records import (
+    BROKEN,
+    END,
+    HTML,
+    JSON,
+    TEXT,
+    WIKI,
+    Record,
+    Stretch,
+    Unit,
+    cut_units,
+    which_text,
+)
 from shardwright.data.prepare.wikitext import article_text
 from shardwright.data.shards import ShardWriter, read_shard_info
 from shardwright.data.tokenizers import Tokenizer
 
 SPLITS = ("train", "validation")
+Advance = Callable[[int], None]
 
 
 class Job(NamedTuple):
@@ -65,7 +82,7 @@ def clean_unit(unit: Unit, job: Job) -> dict[str, Any]:
 
     With `on_error=fatal` a unit with a broken record is not written: the preparation stops on its facts.
     """
-    config = _config(job.config)
+    config = read_config(job.config)
     documents: list[str] = []
     validation: list[bool] = []
     counts: dict[str, Counter[str]] = {name: Counter() for name in ("all", "cleaning", "filters")}
@@ -88,6 +105,7 @@ def clean_unit(unit: Unit, job: Job) -> dict[str, Any]:
             documents.append(text)
             validation.append(is_validation(raw or "", config.validation_every))
     facts = {
+        "unit": unit.number,
         "next": [unit.next_file, unit.next_record],
         "documents": len(documents),
         "counts": {name: dict(counter) for name, counter in counts.items()},
@@ -98,6 +116,45 @@ def clean_unit(unit: Unit, job: Job) -> dict[str, Any]:
     if config.on_error == "skip" or not broken:
         _write_clean(job.part("clean", unit.number), documents, validation, config, facts)
     return facts
+
+
+def done_units(stretch: Stretch, job: Job) -> list[dict[str, Any]]:
+    """Facts of the stretch's units that are cleaned without a gap from its first."""
+    facts: list[dict[str, Any]] = []
+    while (path := job.part("clean", stretch.unit(len(facts)))).exists():
+        facts.append(read_part(path, ())[1])
+    return facts
+
+
+def is_done(stretch: Stretch, done: list[dict[str, Any]]) -> bool:
+    """Whether these facts reach to the end of the stretch."""
+    return bool(done) and any(file == stretch.stop - 1 for file, _ in done[-1]["ends"])
+
+
+def units_left(
+    stretch: Stretch, files: list[InputFile], done: list[dict[str, Any]], config: PrepareConfig, advance: Advance
+) -> Iterator[Unit]:
+    """The stretch's units behind those done; `files` are its own."""
+    if is_done(stretch, done):
+        return
+    file, behind = done[-1]["next"] if done else (stretch.start, 0)
+    records = read_inputs(files, config, first_file=file, behind=behind, start=stretch.start, advance=advance)
+    yield from cut_units(records, stretch.unit(len(done)), file, behind)
+
+
+def clean_stretch(stretch: Stretch, files: list[InputFile], known: int, job: Job) -> list[dict[str, Any]]:
+    """Read the stretch and clean its units; returns their facts but for those of the first `known`.
+
+    Done again, it goes on behind the units that are there. With `on_error=fatal` it stops at a broken record.
+    """
+    config = read_config(job.config)
+    done = done_units(stretch, job)
+    found = done[known:]
+    for unit in units_left(stretch, files, done, config, lambda count: None):
+        found.append(clean_unit(unit, job))
+        if found[-1]["broken"] and config.on_error == "fatal":
+            break
+    return found
 
 
 def extract(record: Record, field: str) -> str | None:
@@ -196,6 +253,27 @@ def _write_clean(
     write_part(path, arrays, facts)
 
 
+# --- the tokenizer's sample -----------------------------------------------------------------------------------------
+
+
+def training_bytes(unit: int, removed: np.ndarray, job: Job) -> int:
+    """UTF-8 bytes of a unit's training documents, those in `removed` (bool [documents]) aside."""
+    arrays, _ = read_part(job.part("clean", unit), ("offsets", "validation"))
+    return int(np.diff(arrays["offsets"])[~removed & (arrays["validation"] == SPLITS.index("train"))].sum())
+
+
+def training_sample(unit: int, removed: np.ndarray, share: float, job: Job) -> list[str]:
+    """Texts of a unit's training documents; a share below 1 is a sample by the texts' hashes."""
+    arrays, _ = read_part(job.part("clean", unit), ("text", "offsets", "validation"))
+    texts = split_texts(arrays | {"removed": removed}, "train")
+    return texts if share >= 1 else [text for text in texts if _in_sample(text, share, read_config(job.config).seed)]
+
+
+def _in_sample(text: str, share: float, seed: int) -> bool:
+    digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") < share * 2**64
+
+
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 
@@ -206,8 +284,13 @@ def encode_unit(unit: int, removed: np.ndarray, job: Job) -> dict[str, list[int]
     """
     source, target = job.part("clean", unit), job.part("tokens", unit)
     if not target.exists():
-        config, tokenizer = _config(job.config), _tokenizer(job)
-        arrays, _ = read_part(source)
+        config, tokenizer = read_config(job.config), _tokenizer(job)
+        try:
+            arrays, _ = read_part(source, ("text", "offsets", "validation"))
+        except FileNotFoundError:
+            if target.exists():  # made just now by a worker that was given up, and the text deleted
+                return read_part(target, ())[1]
+            raise
         arrays["removed"] = removed
         tokens: dict[str, np.ndarray] = {}
         for split in SPLITS:
@@ -255,15 +338,14 @@ class Piece(NamedTuple):
     stop: int
 
 
-def plan_shards(lengths: list[np.ndarray], shard_tokens: int) -> list[list[Piece]]:
+def plan_shards(lengths: Iterable[tuple[int, np.ndarray]], shard_tokens: int) -> Iterator[list[Piece]]:
     """Which documents each shard holds: in input order, a shard ends with the document that fills it.
 
-    `lengths` holds for each unit the tokens of its documents.
+    `lengths` gives for each unit its number and the tokens of its documents.
     """
-    shards: list[list[Piece]] = []
     current: list[Piece] = []
     room = shard_tokens
-    for unit, sizes in enumerate(lengths):
+    for unit, sizes in lengths:
         ends = np.cumsum(sizes)
         start = 0
         while start < len(sizes):
@@ -273,9 +355,16 @@ def plan_shards(lengths: list[np.ndarray], shard_tokens: int) -> list[list[Piece
             room -= int(ends[stop - 1]) - behind
             start = stop
             if room <= 0:
-                shards.append(current)
+                yield current
                 current, room = [], shard_tokens
-    return [*shards, current] if current else shards
+    if current:
+        yield current
+
+
+def token_lengths(unit: int, split: str, job: Job) -> np.ndarray:
+    """Tokens of each document of a unit's split, int64."""
+    name = f"{split}.lengths"
+    return read_part(job.part("tokens", unit), (name,))[0][name]
 
 
 def write_shard(split: str, number: int, pieces: list[Piece], job: Job) -> dict[str, Any]:
@@ -285,7 +374,8 @@ def write_shard(split: str, number: int, pieces: list[Piece], job: Job) -> dict[
     if path.with_suffix(".idx").exists():
         return dataclasses.asdict(read_shard_info(path, root))
     tokenizer = _tokenizer(job)
-    with ShardWriter(path, tokenizer.dtype, tokenizer.sha256, root=root) as writer:
+    temporary = Path(job.work) / "writing" / f"{split}-{number:05d}-{uuid.uuid4().hex}.tar"
+    with ShardWriter(path, tokenizer.dtype, tokenizer.sha256, root=root, temporary=temporary) as writer:
         for piece in pieces:
             _add_piece(writer, split, piece, job)
         info: ShardInfo = writer.close()
@@ -310,11 +400,15 @@ def _add_piece(writer: ShardWriter, split: str, piece: Piece, job: Job) -> None:
 
 
 def write_part(path: Path, arrays: dict[str, np.ndarray], facts: Any) -> None:
-    """A unit's arrays and facts as one safetensors file, whole or not at all."""
+    """A unit's arrays and facts as one safetensors file, whole or not at all.
+
+    Under a name of its own until it is whole: a worker that was given up may still be writing the same file.
+    """
     from safetensors.numpy import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, save(arrays, metadata={"facts": json.dumps(facts)}))
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    write_atomic(path, save(arrays, metadata={"facts": json.dumps(facts)}), temporary)
 
 
 def read_part(path: Path, names: tuple[str, ...] | None = None) -> tuple[dict[str, np.ndarray], Any]:
@@ -328,13 +422,14 @@ def read_part(path: Path, names: tuple[str, ...] | None = None) -> tuple[dict[st
 
 
 @lru_cache(2)
-def _config(text: str) -> PrepareConfig:
+def read_config(text: str) -> PrepareConfig:
+    """The config that a Job carries."""
     return PrepareConfig.model_validate_json(text)
 
 
 @lru_cache(2)
 def _filters(job: Job) -> Filters:
-    return Filters(_config(job.config).filters, load_contamination(Path(job.work) / "contamination.npy"))
+    return Filters(read_config(job.config).filters, load_contamination(Path(job.work) / "contamination.npy"))
 
 
 @lru_cache(2)

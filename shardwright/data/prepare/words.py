@@ -21,7 +21,7 @@ def word_hashes(text: str) -> np.ndarray:
     crc32 = zlib.crc32
     words = WORD.findall(text.casefold())
     hashes = np.fromiter((crc32(word.encode()) for word in words), np.uint64, len(words))
-    return _mix(hashes)
+    return mix(hashes)
 
 
 def run_hashes(words: np.ndarray, length: int) -> np.ndarray:
@@ -32,7 +32,7 @@ def run_hashes(words: np.ndarray, length: int) -> np.ndarray:
     total = np.zeros(count, np.uint64)
     for offset in range(length):
         total = total * _BASE + words[offset : offset + count]
-    return _mix(total)
+    return mix(total)
 
 
 def shingles(words: np.ndarray, length: int) -> np.ndarray:
@@ -40,7 +40,7 @@ def shingles(words: np.ndarray, length: int) -> np.ndarray:
     return np.unique(run_hashes(words, min(length, len(words)))) if len(words) else words
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def mix(values: np.ndarray) -> np.ndarray:
     """Spread every bit over all 64 (the finaliser of splitmix64, Steele et al. 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
