@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 SSHD = "/usr/sbin/sshd"
@@ -40,6 +41,28 @@ def why_not() -> str | None:
     return None if done.returncode == 0 else f"no network namespaces here: {done.stderr.strip()}"
 
 
+def why_not_slow() -> str | None:
+    """Why there can be no slow link here; None where there can."""
+    if (reason := why_not()) is not None:
+        return reason
+    if not has_netem() and not Path("/dev/net/tun").exists():
+        return "the kernel has neither sch_netem (modprobe sch_netem) nor /dev/net/tun"
+    return None
+
+
+@cache
+def has_netem() -> bool:
+    """Whether tc (of iproute2) can delay and lose packets here; many containers' kernels cannot."""
+    if shutil.which("tc") is None:
+        return False
+    probe = f"sw{uuid.uuid4().hex[:6]}"
+    ip("netns", "add", probe)
+    command = ["tc", "-n", probe, "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]
+    done = subprocess.run(command, capture_output=True)
+    ip("netns", "del", probe)
+    return done.returncode == 0
+
+
 class Network:
     """Hosts `h0`, `h1`, ... with addresses 10.77.0.1, 10.77.0.2, ..., and `login`."""
 
@@ -47,6 +70,7 @@ class Network:
         self.folder, self.tag = folder, f"sw{uuid.uuid4().hex[:5]}"
         self.hosts = [f"h{n}" for n in range(count)]
         self._servers: dict[str, subprocess.Popen[bytes]] = {}
+        self._cables: list[subprocess.Popen[bytes]] = []
         self._namespaces = [self.space(name) for name in ("switch", LOGIN, *self.hosts)]
         for space in self._namespaces:
             ip("netns", "add", space)
@@ -130,6 +154,38 @@ class Network:
         """Put it back."""
         ip("-n", self.space("switch"), "link", "set", name, "up")
 
+    def part(self, apart: bool = True) -> None:
+        """Cut all hosts off from each other, though `login` still reaches each of them; or join them again."""
+        for name in self.hosts:
+            ip(
+                "-n",
+                self.space("switch"),
+                "link",
+                "set",
+                name,
+                "type",
+                "bridge_slave",
+                "isolated",
+                "on" * apart or "off",
+            )
+
+    def slow(self, name: str, delay_ms: float, loss_percent: float) -> None:
+        """From now on packets to and from a host are late, and some are lost: by netem, else by cable.py."""
+        if has_netem():
+            late = ["root", "netem", "delay", f"{delay_ms}ms", "loss", f"{loss_percent}%"]
+            for space, device in ((self.space("switch"), name), (self.space(name), "eth0")):
+                subprocess.run(["tc", "-n", space, "qdisc", "add", "dev", device, *late], check=True)
+            return
+        switch, near, far, own = self.space("switch"), f"{name}-near", f"{name}-far", f"{name}-bridge"
+        words = [sys.executable, str(Path(__file__).with_name("cable.py")), near, far]
+        command = ["ip", "netns", "exec", switch, *words, str(delay_ms), str(loss_percent), name]
+        self._cables.append(cable := subprocess.Popen(command, stdout=subprocess.PIPE))
+        assert cable.stdout is not None and cable.stdout.readline() == b"ready\n"
+        ip("-n", switch, "link", "add", own, "type", "bridge")
+        for device, master in ((near, own), (far, "bridge"), (name, own)):
+            ip("-n", switch, "link", "set", device, "master", master, "up")
+        ip("-n", switch, "link", "set", own, "up")
+
     def pids(self, name: str) -> list[int]:
         """Processes of a host."""
         found = subprocess.run(["ip", "netns", "pids", self.space(name)], capture_output=True, text=True)
@@ -157,6 +213,9 @@ class Network:
                     os.kill(pid, signal.SIGKILL)
         for server in self._servers.values():
             server.wait()
+        for cable in self._cables:
+            cable.kill()
+            cable.wait()
         for space in self._namespaces:
             subprocess.run(["ip", "netns", "del", space], capture_output=True)
             shutil.rmtree(Path("/etc/netns") / space, ignore_errors=True)

@@ -22,25 +22,37 @@ from typing import Any
 import yaml
 
 from shardwright.train.metrics import read_metrics
+from tests import netns
+from tests.faults.recorded import HOLD, LAUNCH, PAUSE
 from tests.faults.test_lost_rank import MARK, marked
 
 ROOT = Path(__file__).resolve().parents[2]
-HOLD, RECORDS = "SHARDWRIGHT_TEST_HOLD", "records"
+RECORDS = "records"
 
 
 class Launch:
     """One `shardwright launch` over a config; none of its processes is left after `with`."""
 
     def __init__(
-        self, folder: Path, raw: dict[str, Any], *options: str, hold: Sequence[int] = (), prefix: Sequence[str] = ()
+        self,
+        folder: Path,
+        raw: dict[str, Any],
+        *options: str,
+        hold: Sequence[int] = (),
+        pause: float = 0.0,
+        prefix: Sequence[str] = (),
     ):
-        """`hold`: steps after which ranks wait for `release`. `prefix`: what the command is run by."""
+        """`hold`: steps after which ranks wait for `release`. `pause`: seconds that a rank is late in each step.
+
+        `prefix`: what the command is run by. A launch over the folder of an earlier one goes on with its run.
+        """
         self.folder, self.run, self.mark = folder, Path(raw["run"]), uuid.uuid4().hex
-        self.output, path = folder / "output.txt", folder / "config.yaml"
-        path.write_text(yaml.safe_dump(raw))
         (folder / RECORDS).mkdir(exist_ok=True)
+        number = len(list(folder.glob("output-*.txt")))
+        self.output, path = folder / f"output-{number}.txt", folder / "config.yaml"
+        path.write_text(yaml.safe_dump(raw))
         self.environment = {MARK: self.mark, "SHARDWRIGHT_TEST_RECORDS": str(folder / RECORDS)}
-        self.environment[HOLD] = ",".join(map(str, hold))
+        self.environment |= {HOLD: ",".join(map(str, hold)), LAUNCH: str(number), PAUSE: str(pause)}
         for mark in [*(folder / RECORDS).glob("held-*"), *(folder / RECORDS).glob("go-*")]:
             mark.unlink()
         names = [f"--env={name}" for name in self.environment] if any("--hosts" in o for o in options) else []
@@ -75,10 +87,12 @@ class Launch:
     def wait_for(self, condition: Any, seconds: float = 300.0) -> Any:
         """What `condition()` gives once it is true; AssertionError with the output where the launch ends before."""
         deadline = time.monotonic() + seconds
-        while not (answer := condition()):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.text
-            time.sleep(0.05)
-        return answer
+        while True:
+            ended = self.process.poll() is not None  # before the look: it may be the last thing that it says
+            if answer := condition():
+                return answer
+            assert not ended and time.monotonic() < deadline, self.text
+            time.sleep(0.02)
 
     def wait_held(self, step: int, seconds: float = 300.0) -> None:
         """Until every rank waits after a step that it was to be held at."""
@@ -123,20 +137,37 @@ class Launch:
         """metrics.jsonl: the last record of each step."""
         return read_metrics(self.run)
 
+    def steps(self) -> list[dict[str, Any]]:
+        """What each rank wrote after each step, of all launches over this folder; see recorded.py."""
+        return recorded_steps(self.folder / RECORDS)
+
     def sequences(self) -> dict[int, list[int]]:
         """Sequence numbers of each step, over all ranks, as the last attempt that made the step took them."""
         return recorded_sequences(self.folder / RECORDS)
 
 
-def recorded_sequences(folder: Path) -> dict[int, list[int]]:
-    """Sequence numbers of each step that ranks have written into a folder; those of the last attempt that made it."""
-    steps: dict[int, dict[int, list[int]]] = {}
+def recorded_steps(folder: Path) -> list[dict[str, Any]]:
+    """What ranks have written into a folder, line by line."""
+    found = []
     for file in sorted(folder.glob("rank-*")):
         for line in file.read_text().splitlines():
             with suppress(ValueError):  # cut off by the kill
-                record = json.loads(line)
-                steps.setdefault(record["step"], {}).setdefault(record["attempt"], []).extend(record["sequences"])
+                found.append(json.loads(line))
+    return found
+
+
+def recorded_sequences(folder: Path) -> dict[int, list[int]]:
+    """Sequence numbers of each step that ranks have written into a folder; those of the last attempt that made it."""
+    steps: dict[int, dict[int, list[int]]] = {}
+    for record in recorded_steps(folder):
+        steps.setdefault(record["step"], {}).setdefault(record["attempt"], []).extend(record["sequences"])
     return {step: sorted(attempts[max(attempts)]) for step, attempts in steps.items()}
+
+
+def over_hosts(net: netns.Network, folder: Path, slots: int, *more: str) -> list[str]:
+    """What `launch` is told of the hosts of a network."""
+    hosts = netns.hosts_file(folder / "hosts", net.hosts, slots)
+    return ["--hosts", str(hosts), "--ssh", f"ssh -F {net.ssh_config}", *more]
 
 
 def kill_rank(launch: Launch, rank: int) -> None:

@@ -6,8 +6,7 @@ import pytest
 
 from tests import netns
 from tests.equivalence import work
-from tests.faults.launched import Launch
-from tests.faults.test_hosts import options
+from tests.faults.launched import Launch, over_hosts
 from tests.faults.test_restart import check, run_config
 
 REASON = netns.why_not()
@@ -18,7 +17,7 @@ STEPS = 12
 def test_four_then_two_then_four(prepared, tmp_path):
     raw = run_config(prepared, tmp_path / "run", STEPS)
     with netns.network(tmp_path / "net", 2) as net:
-        elastic = options(net, tmp_path, 2, "--min-nodes", "1", "--lost-after", "8s", "--rejoin", "1s")
+        elastic = over_hosts(net, tmp_path, 2, "--min-nodes", "1", "--lost-after", "8s", "--rejoin", "1s")
         with Launch(tmp_path, raw, *elastic, hold=[6, 8], prefix=net.within(netns.LOGIN)) as launch:
             launch.wait_held(6)
             net.kill("h1")
