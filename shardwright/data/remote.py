@@ -93,11 +93,23 @@ class Retry:
         raise ShardError(f"{what}: {self.attempts} attempts failed, the last with: {reason}")
 
 
-def read_bytes(url: str, *, allow: Collection[str] = (), retry: Retry | None = None) -> bytes:
-    """All bytes of a small remote file; FileNotFoundError, or ShardError once the attempts are used up."""
+def read_bytes(
+    url: str, *, sha256: str | None = None, allow: Collection[str] = (), retry: Retry | None = None
+) -> bytes:
+    """All bytes of a small remote file; FileNotFoundError, or ShardError once the attempts are used up.
+
+    Where `sha256` is given, other bytes than those are a failed attempt.
+    """
     check_url(url, allow)
     retry = retry or Retry()
-    return retry.run(url, lambda: _read(url, retry.timeout_s))
+
+    def attempt() -> bytes:
+        raw = _read(url, retry.timeout_s)
+        if sha256 is not None:
+            _check_hash(hashlib.sha256(raw).hexdigest(), sha256)
+        return raw
+
+    return retry.run(url, attempt)
 
 
 def default_cache_folder() -> Path:
@@ -192,8 +204,7 @@ class ShardCache:
                 raise OSError(f"{received} bytes arrived, expected {size}: the file is truncated")
             with temporary.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != sha256:
-                raise OSError(f"sha256 {found} arrived, expected {sha256}: the file was altered")
+            _check_hash(found, sha256)
             os.replace(temporary, path)
         finally:
             with suppress(FileNotFoundError):
@@ -218,6 +229,12 @@ class ShardCache:
                 with suppress(FileNotFoundError):
                     path.unlink()
                 total -= size
+
+
+def _check_hash(found: str, expected: str) -> None:
+    """OSError where what arrived is something else."""
+    if found != expected:
+        raise OSError(f"sha256 {found} arrived, expected {expected}: the file was altered")
 
 
 def _open_system(url: str, timeout_s: float) -> tuple[Any, str]:

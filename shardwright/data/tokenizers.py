@@ -246,7 +246,7 @@ def files_of(path: str | Path) -> list[dict[str, str]]:
 def load_prepared(manifest: Manifest) -> Tokenizer:
     """The tokenizer of a prepared folder or URL, held against the hash in its manifest."""
     facts, name = manifest.tokenizer, join(manifest.root, manifest.tokenizer["file"])
-    raw = read_bytes(name) if is_remote(name) else _read(Path(name))
+    raw = read_bytes(name, sha256=facts["sha256"]) if is_remote(name) else _read(Path(name))
     found = hashlib.sha256(raw).hexdigest()
     if found != facts["sha256"]:
         raise ConfigError(

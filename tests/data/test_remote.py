@@ -23,6 +23,7 @@ from shardwright.data.pack import Packing
 from shardwright.data.remote import Retry, ShardCache, check_member, join, read_bytes
 from shardwright.data.shards import Manifest, ShardError
 from shardwright.data.stream import Stream, ValidationStream
+from shardwright.data.tokenizers import load_prepared
 
 FAST = Retry(attempts=4, base_s=0.001, timeout_s=5)
 
@@ -172,6 +173,20 @@ def test_the_manifest_is_tried_again_too(site: Site, cache: ShardCache) -> None:
     site.fail("/manifest.json", "500", "drop inside")
     assert read_bytes(f"{site.url}/manifest.json", retry=FAST) == (site.folder / "manifest.json").read_bytes()
     assert ValidationStream([site.url], raw_length=65, stride=64, cache=cache).sequences(np.arange(3)).lengths[0] == 65
+
+
+def test_a_tokenizer_that_arrives_altered_is_asked_for_again(prepared: Path) -> None:
+    site = Site(prepared)
+    try:
+        manifest = Manifest.load(site.url)
+        site.fail("/tokenizer.json", "wrong bytes")
+        assert load_prepared(manifest).sha256 == manifest.tokenizer["sha256"]
+        assert site.requests["/tokenizer.json"] == 2
+        site.always = "wrong bytes"
+        with pytest.raises(ShardError, match=r"tokenizer.json: 4 attempts failed, .*sha256 .* altered"):
+            read_bytes(f"{site.url}/tokenizer.json", sha256=manifest.tokenizer["sha256"], retry=FAST)
+    finally:
+        site.close()
 
 
 def test_a_copy_that_goes_bad_on_this_disk_is_fetched_again(site: Site, cache: ShardCache, folder: Path) -> None:

@@ -38,7 +38,7 @@ EVERY, PAUSE_S, BATCH = 4, 0.1, 8  # steps between checkpoints, length of a step
 START_S = 4.0  # of a rank, until it is about to step
 LEASE_S = 8.0  # after which a silent host is lost
 LANES = {"data": {"lanes": 2, "shuffle_block": 8}}  # with these each sequence is of another small shard
-STREAMED_STEPS = 2  # after these, shards are still to be fetched
+STREAMED_STEPS = 1  # after these, shards are still to be fetched
 DISK_MIB = 24
 
 
@@ -103,7 +103,7 @@ class Stage:
         """Until a random part of a random step from `first` on has passed; 0 is the start, before the first step."""
         step, part = self.rng.randint(first, self.steps - 5 if last is None else last), self.rng.random()
         if step == 0:
-            launch.wait_for(lambda: launch.pids("train"))
+            launch.wait_for(lambda: all(launch.pids("train", RANK=str(rank)) for rank in range(2)))
             self.moment = f"{START_S * part:.1f} s after the ranks were started"
             time.sleep(START_S * part)
         else:
@@ -421,7 +421,7 @@ class Fault:
         """Let it happen once; a failed trial is an outcome, too."""
         try:
             self.happen(stage)
-        except AssertionError as error:
+        except Exception as error:
             text = stage.plain(str(error)) or f"not as expected: {traceback.extract_tb(error.__traceback__)[-1].line}"
             message = stage.plain(stage.message)
             return Outcome(stage.moment, math.nan, math.nan, 0, 0, math.nan, message, text[-600:])
