@@ -30,7 +30,7 @@ NUM_DOCUMENTS = 60
 NUM_CHARACTERS = 1500
 
 
-DAYS = 4
+DAYS = 6
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -221,14 +221,14 @@ def lose_host(stage: Stage) -> None:
         stage.finish(launch)
 
 
-def lose_host_with_spare(stage: Stage) -> None:
-    """The power of a host fails; the layout takes two of three hosts, and the third is taken in."""
+def lose_host_with_spare(stage: Stage, lose: Callable[[netns.Network, str], None] = netns.Network.kill) -> None:
+    """A host is lost; the layout takes two of three hosts, and the third is taken in."""
     stage.raw["parallel"] = {"tensor": 2, "data": 1}
     with stage.over_network(3, "--min-nodes", "2", "--rejoin", "never") as (launch, net):
         assert launch.wait_line("starting") == "starting with 2 of 3 hosts, 2 processes; spare: h2"
         host = stage.rng.choice(net.hosts[:2])
         stage.wait_moment(launch)
-        stage.strike(lambda: net.kill(host))
+        stage.strike(lambda: lose(net, host))
         stage.hear(launch, "lost host")
         assert "with 2 of 3 hosts, 2 processes" in launch.wait_line("attempt 2")
         stage.finish(launch)
@@ -249,19 +249,6 @@ def cut_long(stage: Stage) -> None:
         stage.finish(launch)
 
 
-def cut_short(stage: Stage) -> None:
-    """The same for less than the timeout: the run just goes on."""
-    with stage.over_network(2) as (launch, net):
-        host, seconds = stage.rng.choice(net.hosts), stage.rng.uniform(0.5, 0.5 * LEASE_S)
-        stage.wait_moment(launch, first=1)
-        stage.strike(lambda: net.cut(host))
-        time.sleep(seconds)
-        net.mend(host)
-        stage.finish(launch)
-        stage.message = f"none, of a cut of {seconds:.1f} s"
-        _just_went_on(launch)
-
-
 def cut_apart(stage: Stage) -> None:
     """The hosts do not reach each other for longer than the ranks' own timeout; the launcher reaches all of them."""
     stage.raw["watch"] = {"every": "1s", "timeout": f"{LEASE_S:g}s"}
@@ -274,15 +261,34 @@ def cut_apart(stage: Stage) -> None:
         stage.finish(launch)
 
 
-def slow_link(stage: Stage) -> None:
-    """A host's link gets slow, and loses packets, until the end of the run."""
+Happening = Callable[[Stage, netns.Network, str], str]
+
+
+def bear(stage: Stage, happenings: Sequence[Happening]) -> None:
+    """What the network of a host does is less than a loss, and the run just goes on."""
     with stage.over_network(2) as (launch, net):
-        host, delay, loss = stage.rng.choice(net.hosts), stage.rng.uniform(5, 50), stage.rng.uniform(0.5, 3)
+        host = stage.rng.choice(net.hosts)
         stage.wait_moment(launch, first=1)
-        stage.strike(lambda: net.slow(host, delay, loss))
+        words = stage.strike(lambda: [happening(stage, net, host) for happening in happenings])
         stage.finish(launch)
-        stage.message = f"none, of {delay:.0f} ms each way and {loss:.1f} % of the packets lost"
+        stage.message = f"none, of {' and '.join(words)}"
         _just_went_on(launch)
+
+
+def cut_short(stage: Stage, net: netns.Network, host: str) -> str:
+    """The cable is pulled for less than the timeout."""
+    seconds = stage.rng.uniform(0.5, 0.5 * LEASE_S)
+    net.cut(host)
+    time.sleep(seconds)
+    net.mend(host)
+    return f"a cut of {seconds:.1f} s"
+
+
+def slow_link(stage: Stage, net: netns.Network, host: str) -> str:
+    """The link gets slow, and loses packets, until the end of the run."""
+    delay, loss = stage.rng.uniform(5, 50), stage.rng.uniform(0.5, 3)
+    net.slow(host, delay, loss)
+    return f"{delay:.0f} ms each way with {loss:.1f} % of the packets lost"
 
 
 def _just_went_on(launch: Launch) -> None:
@@ -438,8 +444,8 @@ FAULTS = {
         Fault("host lost, a spare", lose_host_with_spare, netns.why_not),
         Fault("network cut, long", cut_long, netns.why_not),
         Fault("hosts cut apart", cut_apart, netns.why_not),
-        Fault("network cut, short", cut_short, netns.why_not),
-        Fault("slow link", slow_link, netns.why_not_slow),
+        Fault("network cut, short", partial(bear, happenings=[cut_short]), netns.why_not),
+        Fault("slow link", partial(bear, happenings=[slow_link]), netns.why_not_slow),
         Fault("SIGTERM", stop_and_start),
         Fault("disk full", fill_disk, why_no_disk),
         Fault("checkpoint torn", tear_checkpoint),

@@ -1,6 +1,7 @@
-"""Two real hosts in network namespaces: `launch --hosts` over a real sshd, and torchrun as its users start it.
+"""Two and four real hosts in network namespaces: `launch --hosts` over a real sshd, torchrun, deepspeed's hostfile.
 
-The ssh connection to one host dies while it trains: its ranks end themselves, and the run goes on with both.
+The ssh connection to one host dies while it trains: its ranks end themselves, and the run goes on with both. torchrun
+and deepspeed are started as their users start them.
 """
 
 from __future__ import annotations
@@ -95,11 +96,11 @@ def train_command(folder: Path, raw: dict[str, Any]) -> list[str]:
     return ["shardwright", "train", str(path)]
 
 
-def check_losses(run: Path, uninterrupted: Path, steps: int = STEPS) -> None:
+def check_losses(run: Path, uninterrupted: Path) -> None:
     """AssertionError unless every step is there with the loss of the uninterrupted run."""
     found = {r["step"]: r["loss"] for r in read_metrics(run) if "loss" in r}
     expected = {r["step"]: r["loss"] for r in read_metrics(uninterrupted) if "loss" in r}
-    assert list(found) == list(range(1, steps + 1))
+    assert list(found) == list(range(1, STEPS + 1))
     assert max(relative(found[step], expected[step]) for step in found) < LOSS
 
 
@@ -154,13 +155,10 @@ def meet_c10d(store: str, number: int, own: str) -> list[str]:
 MEET = {"static": meet_static, "c10d": meet_c10d}
 
 
-@pytest.mark.parametrize("way", ["pdsh", "no_ssh"])
-def test_deepspeed_with_a_hostfile(way, net, prepared, uninterrupted, tmp_path):
-    """By pdsh over the real sshd from `login`, or started on each host by hand with its number."""
+def test_deepspeed_with_a_hostfile(net, prepared, uninterrupted, tmp_path):
+    """By pdsh over the real sshd; where that is not installed, started on each host by hand with its number."""
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed: pip install 'shardwright[deepspeed]'")
-    if way == "pdsh" and shutil.which("pdsh") is None:
-        pytest.skip("needs pdsh (Debian: apt-get install pdsh)")
     hosts = netns.hosts_file(tmp_path / "hosts", net.hosts, 1)
     raw = run_config(prepared, tmp_path / "run") | {"engine": "deepspeed", "parallel": {"zero": 1}}
     start = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hosts), "--master_addr",
@@ -171,9 +169,9 @@ def test_deepspeed_with_a_hostfile(way, net, prepared, uninterrupted, tmp_path):
     ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {net.ssh_config} "$@"\n')
     ssh.chmod(0o755)
     more = {"DS_ACCELERATOR": "cpu", "PATH": f"{ssh.parent}:{os.environ['PATH']}"}
-    if way == "pdsh":
+    if shutil.which("pdsh") is not None:
         texts = agents_of(net, [netns.LOGIN], [[*start, *train]], **more)
-    else:
+    else:  # Debian: apt-get install pdsh
         commands = [[*start, "--no_ssh", "--node_rank", str(rank), *train] for rank in range(2)]
         texts = agents_of(net, net.hosts, commands, **more)
     assert any("2 processes, data 2" in text for text in texts), texts
