@@ -155,8 +155,11 @@ def meet_c10d(store: str, number: int, own: str) -> list[str]:
 MEET = {"static": meet_static, "c10d": meet_c10d}
 
 
-def test_deepspeed_with_a_hostfile(net, prepared, uninterrupted, tmp_path):
-    """By pdsh over the real sshd; where that is not installed, started on each host by hand with its number."""
+@pytest.mark.parametrize("way", ["pdsh", "no_ssh"])
+def test_deepspeed_with_a_hostfile(way, net, prepared, uninterrupted, tmp_path):
+    """By pdsh over the real sshd, or started on each host by hand with its number."""
+    if way == "pdsh" and shutil.which("pdsh") is None:
+        pytest.skip("pdsh is not installed (Debian: apt-get install pdsh)")
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed: pip install 'shardwright[deepspeed]'")
     hosts = netns.hosts_file(tmp_path / "hosts", net.hosts, 1)
@@ -169,9 +172,9 @@ def test_deepspeed_with_a_hostfile(net, prepared, uninterrupted, tmp_path):
     ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {net.ssh_config} "$@"\n')
     ssh.chmod(0o755)
     more = {"DS_ACCELERATOR": "cpu", "PATH": f"{ssh.parent}:{os.environ['PATH']}"}
-    if shutil.which("pdsh") is not None:
+    if way == "pdsh":
         texts = agents_of(net, [netns.LOGIN], [[*start, *train]], **more)
-    else:  # Debian: apt-get install pdsh
+    else:
         commands = [[*start, "--no_ssh", "--node_rank", str(rank), *train] for rank in range(2)]
         texts = agents_of(net, net.hosts, commands, **more)
     assert any("2 processes, data 2" in text for text in texts), texts

@@ -24,7 +24,8 @@ from tests.ranks import VARIABLES, free_port
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("single-device", "torchrun", "launch", "deepspeed", "accelerate")
 ELSEWHERE = {
-    "torchrun --nnodes 2": "tests/faults/test_hosts.py::test_torchrun_finds_the_interface",
+    "torchrun --nnodes 2": "tests/faults/test_hosts.py, on two and on four hosts",
+    "deepspeed --hostfile": "tests/faults/test_hosts.py::test_deepspeed_with_a_hostfile",
     "mpirun -n 8 --hostfile": "tests/launcher/test_world.py (the variables that it leaves)",
     "shardwright import --deepspeed": "tests/train/engines/test_import.py",
     "shardwright launch --doctor --hosts": "tests/launcher/test_cluster.py, on this host",
@@ -79,12 +80,6 @@ def has_extra(text: str) -> bool:
     return extra in (metadata("shardwright").get_all("Provides-Extra") or [])
 
 
-def reaches_itself() -> bool:
-    """Whether ssh to localhost works without a password."""
-    command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "localhost", "true"]
-    return shutil.which("ssh") is not None and subprocess.run(command, capture_output=True).returncode == 0
-
-
 @pytest.mark.in_turn
 @pytest.mark.parametrize(("page", "command"), CASES, ids=[f"{page}-{command[:60]}" for page, command in CASES])
 def test_a_command_of_a_page(page, command, bundled, prepared, tmp_path):
@@ -97,8 +92,6 @@ def test_a_command_of_a_page(page, command, bundled, prepared, tmp_path):
         return
     if program == "mpirun" and shutil.which("mpirun") is None:
         pytest.skip("mpirun is not installed (Debian: apt-get install openmpi-bin)")
-    if "--hostfile" in words and not reaches_itself():
-        pytest.skip("deepspeed wants to reach each host of a hostfile by ssh, also this one")
     if program in ("deepspeed", "accelerate"):
         pytest.importorskip(program, reason=f"{program} is not installed: pip install 'shardwright[{program}]'")
     if words[0] == "prepare":
