@@ -1,10 +1,11 @@
 """What the watching of a run costs: steps of 4 processes with heartbeats and without, turn and turn about.
 
 In one world of --processes ranks over gloo, turns of --seconds each go with the watch (a heartbeat every --every
-seconds, half as far apart as by default so that several fall into a turn) and without any of it. Two figures: the
-ratio of the median step times of turns that follow each other, which on a shared machine is mostly noise; and what can
-be counted exactly, the processor time of the watching thread over the time of its turns plus what a step's own marks
-take. Each pair of turns is one JSON line in --points; the page is of all lines, and another start adds to them.
+seconds, half as far apart as by default so that several fall into a turn) and without any of it. Three figures: the
+ratio of the median step times of turns that follow each other, which on a shared machine is mostly noise; that of the
+processor time that rank 0 needs for a step, in all of its threads, which is less so; and what can be counted exactly,
+the processor time of the watching thread over the time of its turns plus what a step's own marks take. Each pair of
+turns is one JSON line in --points; the page is of all lines, and another start adds to them.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def measure(options: argparse.Namespace) -> int:
 def turn(run: Any, world: Any, seconds: float) -> dict[str, float]:
     """Steps for so long, as rank 0 decides; their number, time, and median."""
     times: list[float] = []
-    begin = time.monotonic()
+    begin, used = time.monotonic(), time.process_time()
     while True:
         at = time.perf_counter()
         run._one_step()
@@ -130,7 +131,8 @@ def turn(run: Any, world: Any, seconds: float) -> dict[str, float]:
         times.append(time.perf_counter() - at)
         if len(times) % 8 == 0 and world.any(world.leads and time.monotonic() - begin > seconds):
             total = time.monotonic() - begin
-            return {"steps": len(times), "seconds": total, "median": statistics.median(times)}
+            processor = (time.process_time() - used) / len(times)
+            return {"steps": len(times), "seconds": total, "median": statistics.median(times), "processor": processor}
 
 
 def mark_seconds() -> float:
@@ -149,11 +151,18 @@ def report(options: argparse.Namespace) -> None:
     lines = [json.loads(line) for line in options.points.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line["processes"] == options.processes]
     ratios = Spread.of(line["with"]["median"] / line["without"]["median"] - 1 for line in lines)
+    processor = Spread.of(line["with"]["processor"] / line["without"]["processor"] - 1 for line in lines)
     counted = Spread.of(
         line["thread_s"] / line["with"]["seconds"] + 3 * line["mark_s"] / line["with"]["median"] for line in lines
     )
     rows = [
         ("step time with, over without", f"{ratios.median:+.2%}", f"{ratios.low:+.2%}", f"{ratios.high:+.2%}"),
+        (
+            "processor time of a step with, over without",
+            f"{processor.median:+.2%}",
+            f"{processor.low:+.2%}",
+            f"{processor.high:+.2%}",
+        ),
         ("counted: thread and marks, of the time", *(f"{value:.3%}" for value in counted)),
     ]
     steps = sum(line["with"]["steps"] + line["without"]["steps"] for line in lines)
@@ -163,10 +172,16 @@ def report(options: argparse.Namespace) -> None:
         facts_table({**facts, "pairs of turns": str(len(lines)), "steps": str(steps), "config": options.config}),
         table(["Cost of the watching", "Median", "Least", "Most"], rows),
         f"A heartbeat every {options.every:g} s, {len(lines)} pairs of turns of some {options.seconds:g} s. The first "
-        "row is what steps took; its spread says how much this machine's other work moved them. The second is the "
+        "row is what steps took; its spread says how much this machine's other work moved them. The last is the "
         "processor time of the thread of rank 0 that watches, and of the three marks of a step.",
     ]
-    figures = {"ratio": ratios.median, "counted": counted.median, "pairs": len(lines), "load": busy}
+    figures = {
+        "ratio": ratios.median,
+        "processor": processor.median,
+        "counted": counted.median,
+        "pairs": len(lines),
+        "load": busy,
+    }
     publish(options.out, "What the watching of a run costs", parts, figures)
 
 
