@@ -12,19 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from shardwright.checkpoint import CheckpointError, CheckpointWriter, DamagedError, discard_newer, find_newest, load
 from shardwright.checkpoint.ranks import Ranks, open_ranks
 from shardwright.config import Config, RunError
 from shardwright.data.loader import Loader, StepBatch
-from shardwright.hardware import EnergyMeter, device_name, known_peak, measured_peak, versions
+from shardwright.hardware import device_name, versions
 from shardwright.log import get_logger
-from shardwright.model.count import num_flops, num_parameters
+from shardwright.model.count import num_parameters
 from shardwright.parallel.mesh import World, join_world, world_size
 from shardwright.parallel.peers import watch_peers
-from shardwright.parallel.precision import FORMATS
 from shardwright.parallel.proposals import check_layout
 from shardwright.parallel.refusals import layout_warnings
 from shardwright.train.build import (
@@ -47,13 +45,14 @@ from shardwright.train.evaluate import Validation, evaluate
 from shardwright.train.folder import CHECKPOINTS, FolderLock, open_run_folder
 from shardwright.train.guard import DelayedRead
 from shardwright.train.layout import build_facts
-from shardwright.train.metrics import MetricsLog, Utilisation, record_start
+from shardwright.train.metrics import record_start
 from shardwright.train.position import Position, apply_tensors, checkpoint_tensors
 from shardwright.train.preview import batch_equation
 from shardwright.train.profile import StepProfiler
 from shardwright.train.result import Result, read_result
 from shardwright.train.signals import Signals, lingering
 from shardwright.train.step import Outcome
+from shardwright.train.steplog import StepLog
 from shardwright.train.verdict import Verdict, judge
 from shardwright.train.watch import Tell, Watch
 from shardwright.train.writing import naming, writing
@@ -124,11 +123,10 @@ class Run:
         self.clock = Clock(folder, self.course.progress, world)
         self.loader: Loader = build_loader(config, world, self.course.ramp)
         self.step = build_step(config, world)
-        self.pending, self.energy = DelayedRead(), EnergyMeter(world.device)
-        self.utilisation = self._utilisation()
+        self.pending = DelayedRead()
+        self.steplog = StepLog(config, world, self.course, folder)
         self.last: StepBatch | None = None
         self.batch: StepBatch | None = None  # of the step under way
-        self.data_seconds = 0.0
         self._saved_step = -1
         self._validation: Validation | None = None
         self._stack = ExitStack()
@@ -164,12 +162,14 @@ class Run:
             self._save()  # the place that a roll-back before the first checkpoint goes to
         if self.world.leads:
             read_result(self.folder, self.position.step)  # one of another end is removed
-        self._open_metrics()
+        self.steplog.open(self.position.step)
+        self._stack.callback(self.steplog.close)
         self._start_clock()
         self._place_loader()
         parameters = num_parameters(self.config.model)["total"]  # type: ignore[arg-type]
         name = device_name(self.world.device)
-        log.info("%s on %s: %s parameters; %s", self.folder, name, f"{parameters:,}", self.utilisation.describe())
+        utilisation = self.steplog.utilisation.describe()
+        log.info("%s on %s: %s parameters; %s", self.folder, name, f"{parameters:,}", utilisation)
         if self.world.size > 1:
             equation = batch_equation(self.config, self.world.degree("data"))
             log.info("%d processes, %s; %s", self.world.size, self.world.describe(), equation)
@@ -181,7 +181,7 @@ class Run:
                 device=name,
                 num_devices=self.world.size,
                 layout=self.world.describe(),
-                mfu_basis=self.utilisation.describe(),
+                mfu_basis=utilisation,
                 versions=versions(("torch", "numpy", "shardwright")),
             )
 
@@ -211,25 +211,13 @@ class Run:
         found = self.ranks.share(mine or "")
         return Path(found) if found else None
 
-    def _open_metrics(self) -> None:
-        self.metrics = MetricsLog(
-            self.folder,
-            self.position.step,
-            total_steps=self.course.steps,
-            tensorboard=self.config.log.tensorboard,
-            wandb=self.config.log.wandb,
-            config=self.config.model_dump(mode="json"),
-            write=self.world.leads,
-        )
-        self._stack.callback(lambda: self.metrics.close())
-
     def _place_loader(self) -> None:
         plan = build_plan(self.config, self.world, self.course.ramp, self.position.excluded)
         self.loader.start(self.position.step, self.position.drawn, plan)
 
     def _start_clock(self, *, replay: bool = True) -> None:
         self.clock.start(self.position, replay=replay)
-        self._mark_logged()
+        self.steplog.mark(self.position)
 
     # ------------------------------------------------------------------------------------------ loop
 
@@ -250,8 +238,8 @@ class Run:
             return False
         if self._judge():
             return self.stopped
-        if self._logged_step != self.position.step:
-            self._log_step()
+        if self.steplog.step != self.position.step:
+            self._write_line()
         if self._saved_step != self.position.step:
             self._save()
         return True
@@ -262,7 +250,7 @@ class Run:
         self.batch = None
         self.batch = batch = next(self.loader)
         self.watch.enter("step")
-        self.data_seconds += time.monotonic() - begin
+        self.steplog.data_seconds += time.monotonic() - begin
         # Only attention's own dropout draws from this generator: keyed by the step, it survives a restart.
         torch.manual_seed((self.config.train.seed * 1_000_003 + self.position.step) % 2**63)
         # Filled on the device: a copy from the host would wait for it.
@@ -292,7 +280,7 @@ class Run:
         due_log = step == 1 or _due(step, config.log.every)
         due_eval = _due(step, config.evaluate.every) and not self._is_done()
         due_save = _due(step, config.checkpoint.every)
-        self.metrics.advance(step, self.course.share(self.position))
+        self.steplog.advance(self.position)
         if _due(step, config.parallel.check_tied):
             self._check_tied()
         if not (due_log or due_eval or due_save):
@@ -300,7 +288,7 @@ class Run:
         if self._judge():
             return
         if due_log:
-            self._log_step()
+            self._write_line()
         if due_eval:
             self._evaluate(self.config.evaluate.max_tokens)
         if due_save:
@@ -415,44 +403,16 @@ class Run:
         if self.world.leads:
             discard_newer(self.folder / CHECKPOINTS, self.position.step)
         log.warning("%s; back to step %d, without sequences %d to %d", what, self.position.step, *excluded)
-        self.metrics.close()
-        self._open_metrics()
+        self.steplog.close()
+        self.steplog.open(self.position.step)
         self._start_clock(replay=False)
         self._place_loader()
         self._save()  # so that a kill from here on does not bring the excluded range back
 
     # ------------------------------------------------------------------------------------------ outputs
 
-    def _log_step(self) -> None:
-        now, steps = time.monotonic(), max(self.position.step - self._logged_step, 1)
-        rate = (self.course.tokens(self.position) - self._logged_tokens) / max(now - self._logged_at, 1e-9)
-        outcome = self.outcome
-        fields: dict[str, float | int | None] = {
-            "tokens": self.course.tokens(self.position),
-            "loss": outcome.loss,
-            "grad_norm": outcome.grad_norm,
-            "lr": self.config.optimizer.lr * self.lr_factor,
-            "loss_scale": outcome.loss_scale,
-            "tokens_per_s": rate,
-            "mfu": self.utilisation.mfu(rate),
-            "step_s": (now - self._logged_at) / steps,
-            "data_s": self.data_seconds / steps,
-            "mem_gib": self._memory_gib(),
-            "progress": self.course.share(self.position),
-        }
-        if (energy := self.energy.kwh()) is not None:
-            fields["energy_kwh"] = energy
-        self.metrics.log(self.position.step, {k: v for k, v in fields.items() if v is not None or k == "mfu"})
-        self._mark_logged()
-
-    def _mark_logged(self) -> None:
-        self._logged_at, self._logged_step = time.monotonic(), self.position.step
-        self._logged_tokens, self.data_seconds = self.course.tokens(self.position), 0.0
-
-    def _memory_gib(self) -> float:
-        if self.world.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.world.device) / 2**30
-        return psutil.Process().memory_info().rss / 2**30
+    def _write_line(self) -> None:
+        self.steplog.write(self.position, self.outcome, self.lr_factor)
 
     def _evaluate(self, most: int | None) -> dict[str, float] | None:
         begin = time.monotonic()
@@ -461,9 +421,9 @@ class Run:
             self._validation = build_validation(self.config, self.world)
         figures = evaluate(self.step.stages, self._validation, most, self._is_asked_to_stop)
         if figures is not None:
-            self.metrics.log(self.position.step, figures)
+            self.steplog.write_figures(self.position.step, figures)
         self.watch.enter("between")
-        self._logged_at += time.monotonic() - begin  # a pause is not part of the training rate
+        self.steplog.pause(time.monotonic() - begin)
         return figures
 
     def _save(self) -> None:
@@ -501,14 +461,6 @@ class Run:
     def _is_asked_to_stop(self) -> bool:
         """Whether a signal came to any rank; every rank has to ask."""
         return self.world.any(self.signals.received is not None)
-
-    def _utilisation(self) -> Utilisation:
-        device, compute = self.world.device, FORMATS[self.config.precision.compute]
-        peak = known_peak(device, compute)
-        if peak is None and self.config.log.measure_peak:
-            peak = measured_peak(device, compute)
-        flops = num_flops(self.config.model, self.course.length).model  # type: ignore[arg-type]
-        return Utilisation(flops, peak, self.world.size)
 
 
 def _due(step: int, every: int | None) -> bool:
