@@ -210,10 +210,14 @@ class Supervisor:
         if link in self._gone:
             return
         self._gone.add(link)
+        attempt = self.attempt
+        if attempt is not None and link not in attempt.links:
+            if link.hello is not None:  # nothing of the run is there, and nothing has to end
+                say(f"lost the spare {link.host.name}: {why}")
+            return
         if link.hello is not None:
             fence = 1.0 if link.host.local else self.job.lease_s + MARGIN_S
             self.fences[link.host.name] = time.monotonic() + fence
-        attempt = self.attempt
         if attempt is not None and link in attempt.running:
             attempt.lost.append(link)
             say(f"lost host {link.host.name}: {why}")
@@ -284,7 +288,7 @@ class Supervisor:
         while attempt.running:
             self._next()
             now = time.monotonic()
-            for link in attempt.running:
+            for link in self._up():  # spares, too: the next attempt would wait for one that is gone
                 if now - link.heard > self.job.lease_s and self.inbox.empty():
                     self._lose(link, f"no word from it for {self.job.lease_s:g} s")
             if attempt.deadline is not None and now > attempt.deadline and not attempt.killed:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from typing import Any
 import pytest
 import yaml
 
+from shardwright.launcher.hosts import SSH, Host
+from shardwright.launcher.supervise import Job, Supervisor
 from shardwright.train.metrics import read_metrics
 from tests import netns
 from tests.equivalence.cells import LOSS, relative
 from tests.faults.launched import ROOT, Launch, over_hosts
+from tests.faults.test_lost_rank import wait_for
 from tests.faults.test_restart import STEPS, check, run_config, uninterrupted
 
 __all__ = ["uninterrupted"]
@@ -60,6 +64,32 @@ def test_over_ssh_and_the_connection_dies(net, prepared, uninterrupted, tmp_path
         assert launch.finish() == 0, launch.text
         check(launch, uninterrupted)
     assert all(re.search("sshd", Path(f"/proc/{pid}/comm").read_text()) for h in net.hosts for pid in net.pids(h))
+
+
+def test_a_spare_that_is_lost_is_said_at_once(net, tmp_path, capfd):
+    """And not counted on; the run, which sleeps for a while on one host, does not notice."""
+    hosts = [Host(name, slots=1) for name in net.hosts]
+    job = Job(
+        command=["timeit", "-n", "1", "-r", "1", "import time; time.sleep(7)"],
+        hosts=hosts,
+        fits=lambda size: None if size == 1 else "one process",
+        checkpoints=tmp_path,
+        progress=tmp_path / "none",
+        min_hosts=1,
+        lease_s=4.0,
+        rejoin_s=None,
+        ssh=net.within(netns.LOGIN, "ssh", "-F", str(net.ssh_config), *SSH[1:]),
+    )
+    codes: list[int] = []
+    run = threading.Thread(target=lambda: codes.append(Supervisor(job).run()))
+    run.start()
+    said = wait_for(lambda: capfd.readouterr().err, 60)
+    assert "starting with 1 of 2 hosts, 1 process; spare: h1" in said
+    net.cut("h1")
+    run.join(120)
+    net.mend("h1")
+    assert codes == [0]
+    assert "shardwright: lost the spare h1: no word from it for 4 s\n" in capfd.readouterr().err
 
 
 def ssh_client(net: netns.Network, host: str) -> int:
