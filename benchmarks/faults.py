@@ -32,6 +32,7 @@ from kill import revision_of_tree  # noqa: E402
 
 sys.path.insert(0, str(ROOT))  # for `tests`, which is not installed
 
+from tests import netns  # noqa: E402
 from tests.equivalence.cells import LOSS  # noqa: E402
 from tests.equivalence.matrix import prepare_text  # noqa: E402
 from tests.faults.faults import EVERY, FAULTS, LEASE_S, PAUSE_S, Outcome, Stage, Texts, build_texts  # noqa: E402
@@ -138,10 +139,11 @@ def write_page(lines: Sequence[Line], skipped: dict[str, str], options: argparse
     failed = [line for line in lines if not line["passed"]]
     facts = {**machine(), "commit": revisions, "processes": "gloo; two ranks of one thread, or one on each host"}
     facts |= {"load before a trial": spread_of(lines, "load", "{:.1f}")}
+    facts["slow link by"] = "tc netem" if netns.has_netem() else "tests/cable.py; this kernel has no sch_netem"
     own = {name: [line for line in lines if line["fault"] == name] for name in FAULTS}
     parts = [introduction(options), facts_table(facts), verdict(own, failed, skipped, options)]
     parts += [table(HEADER, [row(name, found) for name, found in own.items() if found]), WORDS]
-    parts += ["## What was shown", table(("fault", "the first message of a trial"), shown(own))]
+    parts += ["## What was shown", facts_table(shown(own))]
     figures = {
         "benchmark": "faults", "commit": revisions, "trials": len(lines), "passed": len(lines) - len(failed),
         "failed": [f"{line['fault']} {line['number']}" for line in failed],
@@ -174,7 +176,8 @@ def verdict(
     asked = [name for name in options.faults if name not in skipped]
     few = [name for name in asked if len(own[name]) < options.repeats]
     if few:
-        text.append(f"Fewer than the {options.repeats} trials that were asked for: {', '.join(few)} (column *n*).")
+        which = "each fault" if few == asked else "; ".join(few)
+        text.append(f"Fewer than the {options.repeats} trials that were asked for of {which} (column *n*).")
     text += [f"Not tried: {name}: {reason}." for name, reason in skipped.items()]
     words = [
         f"- **{line['fault']} {line['number']}** ({line['moment']}): {line['problem'] or 'another curve or other data'}"
@@ -211,9 +214,9 @@ def spread_of(lines: Sequence[Line], key: str, form: str) -> str:
     return f"{form.format(middle)} ({form.format(values[-1])})"
 
 
-def shown(own: dict[str, list[Line]]) -> list[list[str]]:
-    """What a user saw in the first trial of each fault."""
-    return [[name, lines[0]["message"].replace("|", "/")] for name, lines in own.items() if lines]
+def shown(own: dict[str, list[Line]]) -> dict[str, str]:
+    """What a user saw first in the first trial of each fault."""
+    return {name: lines[0]["message"].replace("|", "/") for name, lines in own.items() if lines}
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def why_not_slow() -> str | None:
 @cache
 def has_netem() -> bool:
     """Whether tc (of iproute2) can delay and lose packets here; many containers' kernels cannot."""
-    if shutil.which("tc") is None:
+    if why_not() is not None or shutil.which("tc") is None:
         return False
     probe = f"sw{uuid.uuid4().hex[:6]}"
     ip("netns", "add", probe)
