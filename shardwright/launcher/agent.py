@@ -31,7 +31,7 @@ from shardwright.launcher.leash import die_with_parent
 
 BACKEND = "shardwright"
 NO_SOCKET = -1
-PATIENCE_S = 900  # for the agents of the other hosts; the launcher ends all of them sooner where one is lost
+PATIENCE_S = 300  # for the agents of the other hosts, which may import torch from a slow shared disk
 
 
 class MeetingPlace(StaticTCPRendezvous):
