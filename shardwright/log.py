@@ -7,13 +7,17 @@ and bars go through one rich console, so that a line never tears a live bar; wit
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
+import select
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
@@ -26,7 +30,47 @@ STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL
 @cache
 def console() -> Console:
     """The process's one console, on stderr."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(file=cast(TextIO, _Stderr()), highlight=False, soft_wrap=True)
+
+
+class _Stderr:
+    """sys.stderr as it is at the moment, which may be lost without an error; what rich needs of a file."""
+
+    @property
+    def _file(self) -> TextIO:
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # a live bar puts itself in between
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._file.write(text)
+        except OSError as error:
+            outlive(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as error:
+            outlive(error)
+
+
+def outlive(error: OSError) -> None:
+    """After an error in writing to standard error: where its terminal or pipe is gone, all goes nowhere from now on.
+
+    A run finishes, or saves, whether or not somebody reads along. Any other error is raised.
+    """
+    if error.errno not in (errno.EIO, errno.EPIPE) or not hasattr(select, "poll"):
+        raise error
+    for descriptor in (1, 2):  # what is in their buffers would fail once more at the end of the process
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if poll.poll(0):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 def rank() -> int:

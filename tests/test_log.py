@@ -147,3 +147,24 @@ def _on_a_terminal(command: list[str]) -> str:
     os.close(main)
     assert process.wait() == 0
     return shown.decode()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs pseudo-terminals")
+@pytest.mark.parametrize("bar", [True, False])
+def test_a_terminal_that_goes_away_ends_nothing(bar, tmp_path):
+    """Nor is the exit code that of a failed write."""
+    import pty
+
+    lines = ["get_logger().info('again')"] * 3
+    inside = ["with progress(10, 'steps', 'run') as bar:", *(f" bar.advance(); {line}" for line in lines)]
+    code = ["import sys", "from shardwright.log import get_logger, progress", "get_logger().info('begun')",
+            "sys.stdin.readline()", *(inside if bar else lines)]  # fmt: skip
+    far, near = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", "\n".join(code)], stdin=subprocess.PIPE, stdout=near, stderr=near, start_new_session=True
+    )
+    os.close(near)
+    assert b"begun" in os.read(far, 1000)
+    os.close(far)
+    process.communicate(b"\n", timeout=60)
+    assert process.returncode == 0
