@@ -73,6 +73,8 @@ def enter_world(environment: MutableMapping[str, str] | None = None) -> Place | 
             f"{place}, but not where rank 0 is: set MASTER_ADDR to the host of rank 0, for example "
             "mpirun -x MASTER_ADDR=$(hostname)"
         )
+    if not 0 <= place.rank < place.size:
+        raise ConfigError(f"{place}: expected 0 to {place.size - 1}; unset what another launcher left")
     check_master(place)
     port = FIRST_PORT if place.port is None else place.port
     found = {"RANK": place.rank, "WORLD_SIZE": place.size, "LOCAL_RANK": place.local_rank}
@@ -84,16 +86,19 @@ def enter_world(environment: MutableMapping[str, str] | None = None) -> Place | 
 
 def find_place(environment: Mapping[str, str]) -> Place | None:
     """What all variables together say; None where this is no process of a launcher."""
-    own, others = _by_torch(environment), [p for p in (_by_mpi(environment), _by_slurm(environment)) if p is not None]
-    if own is None:
-        if not others:
-            _refuse_to_be_alone(environment)
-            return None
-        return _agreed(others, environment)
-    if own.launcher == "torchrun" or own.launcher == "deepspeed":
+    own, mpi, slurm = _by_torch(environment), _by_mpi(environment), _by_slurm(environment)
+    if mpi is not None and slurm is not None and _carries_mpi(mpi, slurm):
+        slurm = None
+    others = [place for place in (mpi, slurm) if place is not None]
+    if own is not None and own.launcher in ("torchrun", "deepspeed"):
         _refuse_islands(own, others, environment)
-        return own
-    return _agreed([own, *others], environment)
+        place: Place | None = own
+    else:
+        places = others if own is None else [own, *others]
+        place = _agreed(places, environment) if places else None
+    if place is None or place.size == 1:
+        _refuse_to_be_alone(place, environment)
+    return place
 
 
 def check_master(place: Place) -> None:
@@ -167,7 +172,7 @@ def _by_mpi(environment: Mapping[str, str]) -> Place | None:
 
 def _by_slurm(environment: Mapping[str, str]) -> Place | None:
     """Of a task that srun started; a batch script's own process is none."""
-    if not _in_step(environment):
+    if not in_step(environment):
         return None
     rank, size = _number(environment, "SLURM_PROCID", 0), _slurm_tasks(environment)
     host = _number(environment, "SLURM_NODEID", 0)
@@ -180,7 +185,15 @@ def _by_slurm(environment: Mapping[str, str]) -> Place | None:
     return Place("srun", rank, size, local, _tasks_on(tasks, host), master, port)
 
 
-def _in_step(environment: Mapping[str, str]) -> bool:
+def _carries_mpi(mpi: Place, slurm: Place) -> bool:
+    """Whether a task of srun is only mpirun's daemon on a host: in a job of SLURM's it starts one on each but its own.
+
+    What the daemon starts inherits the daemon's place.
+    """
+    return mpi.hosts > 1 and slurm.local_size == 1 and slurm.size < mpi.hosts
+
+
+def in_step(environment: Mapping[str, str]) -> bool:
     """Whether srun started this process. A batch script has a step number too, one that no step has."""
     step = environment.get("SLURM_STEP_ID", "")
     return "SLURM_PROCID" in environment and step.isdecimal() and int(step) < 2**31
@@ -223,19 +236,22 @@ def _refuse_islands(own: Place, others: list[Place], environment: Mapping[str, s
             )
 
 
-def _refuse_to_be_alone(environment: Mapping[str, str]) -> None:
-    """ConfigError where a job of several tasks runs the command outside of them."""
-    tasks = _number(environment, "SLURM_NTASKS", 1)
-    if "SLURM_JOB_ID" in environment and tasks > 1:
+def _refuse_to_be_alone(place: Place | None, environment: Mapping[str, str]) -> None:
+    """ConfigError for a world of one process that was started beside the tasks or nodes of a job of several."""
+    how = "was started beside them" if place is None else f"({place}) was started as one"
+    tasks, hosts = _number(environment, "SLURM_NTASKS", 1), _number(environment, "SLURM_JOB_NUM_NODES", 1)
+    if "SLURM_JOB_ID" in environment and not in_step(environment) and max(tasks, hosts) > 1:
+        name, number, what = ("SLURM_NTASKS", tasks, "tasks") if tasks > 1 else ("SLURM_JOB_NUM_NODES", hosts, "nodes")
         raise ConfigError(
-            f"SLURM_NTASKS={tasks}: the job has {tasks} tasks, but this process was started beside them and would "
-            "train alone; put srun in front of the command"
+            f"{name}={number}: the job has {number} {what}, but this process {how} and would train alone; put srun in "
+            "front of the command" + ("" if tasks > 1 else ", with its --ntasks-per-node")
         )
     nodes = environment.get("PET_NNODES", "1")
     if nodes.isdecimal() and int(nodes) > 1:
+        how = "was not started by torchrun" if place is None else f"({place}) was not started as one of them"
         raise ConfigError(
-            f"PET_NNODES={nodes}: the job has {nodes} nodes, but this process was not started by torchrun and would "
-            "train alone; start it as torchrun -m shardwright train ..."
+            f"PET_NNODES={nodes}: the job has {nodes} nodes, but this process {how} and would train alone; start it as "
+            "torchrun -m shardwright train ..."
         )
 
 

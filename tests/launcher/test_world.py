@@ -57,6 +57,7 @@ def test_one_process_is_no_world():
 
 
 BATCH = {"SLURM_JOB_ID": "41", "SLURM_STEP_ID": "4294967291", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 LOOPBACK = {"MASTER_ADDR": "127.0.0.1"}
 
 
@@ -69,6 +70,10 @@ LOOPBACK = {"MASTER_ADDR": "127.0.0.1"}
         (DEEPSPEED | SRUN | {"CROSS_SIZE": "1"}, ["srun started 8 deepspeeds"]),
         (BATCH, ["SLURM_NTASKS=8", "put srun in front"]),
         ({"PET_NNODES": "4"}, ["PET_NNODES=4", "torchrun -m shardwright"]),
+        ({"SLURM_JOB_ID": "41", "SLURM_JOB_NUM_NODES": "2"}, ["SLURM_JOB_NUM_NODES=2", "put srun in front"]),
+        (ALONE | BATCH, ["SLURM_NTASKS=8", "rank 0 of 1", "put srun in front"]),
+        (ALONE | {"TORCHELASTIC_RUN_ID": "x", "PET_NNODES": "4"}, ["PET_NNODES=4", "torchrun says rank 0 of 1"]),
+        (OPENMPI | ADDRESS | {"OMPI_COMM_WORLD_RANK": "9"}, ["rank 9 of 8"]),
         (TORCH | LOOPBACK, ["MASTER_ADDR=127.0.0.1", "4 hosts"]),
         (TORCH | {"MASTER_ADDR": "localhost"}, ["MASTER_ADDR=localhost"]),
         (OPENMPI, ["mpirun says rank 3 of 8", "set MASTER_ADDR"]),
@@ -90,6 +95,20 @@ def test_torchrun_inside_of_srun_is_right():
     """One torchrun a node, all of one world."""
     place = enter_world(TORCHRUN | SRUN | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"})
     assert place is not None and (place.launcher, place.rank, place.size) == ("torchrun", 3, 8)
+
+
+def test_mpirun_in_a_job_of_slurm_is_right():
+    """On every host but its own mpirun starts a daemon by srun, whose place the ranks there inherit."""
+    daemon = SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_NODEID": "0"}
+    place = enter_world(OPENMPI | ADDRESS | daemon | {"SLURM_STEP_TASKS_PER_NODE": "1"})
+    assert place is not None and (place.launcher, place.rank, place.size) == ("mpirun", 3, 8)
+
+
+def test_one_task_of_a_job_of_many_is_meant():
+    """Where srun was told so."""
+    one = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    place = enter_world(SRUN | one)
+    assert place is not None and place.size == 1
 
 
 def test_one_host_may_meet_at_loopback():
