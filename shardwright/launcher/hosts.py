@@ -185,4 +185,5 @@ class Link:
             if text:
                 self.problem = text if self.hello is None else self.problem
                 if self.up:
-                    print(f"[{self.host.name}] {text}", file=sys.stderr, flush=True)
+                    with suppress(OSError):  # a terminal that is gone
+                        print(f"[{self.host.name}] {text}", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from shardwright.config import Config, ConfigError, parse_duration
 from shardwright.launcher.hosts import SSH, Host, read_hosts
 from shardwright.launcher.supervise import Job, Supervisor
+from shardwright.launcher.world import FAMILIES, in_step
 from shardwright.parallel.mesh import mesh_shape
 from shardwright.parallel.proposals import check_layout
 from shardwright.train.folder import CHECKPOINTS
@@ -88,9 +89,10 @@ def build_hosts(options: Options) -> list[Host]:
     hosts = read_hosts(options.hosts)
     if options.processes is None:
         return hosts
-    named = [host.name for host in hosts if host.slots not in (None, options.processes)]
-    if named:
-        raise ConfigError(f"--nproc {options.processes}: {options.hosts} says slots={hosts[0].slots}; give one of both")
+    other = next((host for host in hosts if host.slots not in (None, options.processes)), None)
+    if other is not None:
+        said = f"{options.hosts} says slots={other.slots} of {other.name}"
+        raise ConfigError(f"--nproc {options.processes}: {said}; give one of both")
     return [replace(host, slots=options.processes) for host in hosts]
 
 
@@ -128,7 +130,9 @@ def _seconds(option: str, text: str) -> float:
 
 def _refuse_nesting() -> None:
     """ConfigError inside of another launcher's process: each would start a whole run."""
-    for name in ("TORCHELASTIC_RUN_ID", "RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+    alone = os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1"
+    steps = [] if alone or not in_step(os.environ) else ["SLURM_PROCID"]  # of a batch script: not by itself
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", *(names.rank for names in FAMILIES), *steps):
         if name in os.environ:
             raise ConfigError(
                 f"{name}={os.environ[name]}: launch was itself started by a launcher; start it once, without one, or "

@@ -20,19 +20,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import combinations, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from shardwright.checkpoint import find_newest
 from shardwright.config import ConfigError, RunError
 from shardwright.launcher.hosts import SSH, Host, Link, keeper_command
 from shardwright.launcher.leash import STOPPED
+from shardwright.log import outlive
 
 FAILED, MISTAKE = 1, 2
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+ASKED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # how ranks end that were to stop for a host that came back
 TICK_S, REOPEN_S, WORD_S, MARGIN_S = 0.1, 2.0, 3.0, 2.0
 MOST_CHOICES = 1000  # sets of hosts that are looked at
 
@@ -68,6 +70,7 @@ class Attempt:
         self.ended: dict[Link, Message] = {}
         self.lost: list[Link] = []
         self.begun = 0  # bytes of the progress file at its start
+        self.started = False  # agents were
         self.deadline: float | None = None  # for ranks that were asked to stop, or that follow a failure
         self.asked: str = ""  # why they were asked to stop
         self.killed = False
@@ -269,6 +272,7 @@ class Supervisor:
         return found
 
     def _start(self, attempt: Attempt, first: Message) -> None:
+        attempt.started = True
         for node, link in enumerate(attempt.links):
             link.send(
                 start={
@@ -359,12 +363,12 @@ class Supervisor:
         attempt = self.attempt
         first = attempt is None or attempt.links[0] is link
         stream = sys.stdout if message["output"] == 1 else sys.stderr
-        print(message["text"] if first else f"[{link.host.name}] {message['text']}", file=stream, flush=True)
+        tell(message["text"] if first else f"[{link.host.name}] {message['text']}", stream)
 
     def _on_signal(self, number: int) -> None:
         name, attempt = signal.Signals(number).name, self.attempt
         self.signals.append(number)
-        if attempt is None or not attempt.running:
+        if attempt is None or not attempt.started or not attempt.running:
             raise _Stopped
         if len(self.signals) > 1:
             say(f"{name} once more: killing the run")
@@ -407,6 +411,8 @@ class Supervisor:
         if self.signals:
             say("ended before all was saved; the same command goes on from the newest checkpoint")
             return 128 + self.signals[0]
+        if attempt.asked and failures and not lost and all(first_code(ended) in ASKED for _, ended in failures):
+            return None  # the run was just ending: what is left of it is done by the next attempt
         if failures and not lost:
             say(f"lost {describe(*failures[0])}")
         return self._count(own=bool(failures) and not lost and first_code(failures[0][1]) > 0)
@@ -480,4 +486,13 @@ def size_of(path: Path) -> int:
 
 def say(text: str) -> None:
     """One line for each event."""
-    print(f"shardwright: {text}", file=sys.stderr, flush=True)
+    tell(f"shardwright: {text}", sys.stderr)
+
+
+def tell(line: str, stream: TextIO) -> None:
+    """Print it; where the terminal is gone or the disk of a log is full, the run is still led to its end."""
+    try:
+        print(line, file=stream, flush=True)
+    except OSError as error:
+        with suppress(OSError):
+            outlive(error)

@@ -7,14 +7,15 @@ import shutil
 import signal
 import socket
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
 from shardwright.config import ConfigError, RunError
-from shardwright.launcher.hosts import Host, keeper_command, read_hosts
+from shardwright.launcher.hosts import Host, Link, keeper_command, read_hosts
 from shardwright.launcher.launch import Options, build_hosts, build_job, launch, passed_on
 from shardwright.launcher.network import bind, choose_interface, find_route, find_way_out
-from shardwright.launcher.supervise import first_code, how
+from shardwright.launcher.supervise import Attempt, Supervisor, _Stopped, first_code, how
 from shardwright.launcher.world import Place
 
 CONFIG = "debug/gpt2"
@@ -74,7 +75,7 @@ def test_options_that_do_not_fit(tmp_path):
         build_job(CONFIG, [], Options(hosts=hosts, min_hosts=3))
     with pytest.raises(ConfigError, match="--grace soon"):
         build_job(CONFIG, [], Options(grace="soon"))
-    with pytest.raises(ConfigError, match="--nproc 4: .* says slots=2"):
+    with pytest.raises(ConfigError, match="--nproc 4: .* says slots=2 of node1"):
         build_hosts(Options(hosts=hosts, processes=4))
     with pytest.raises(ConfigError, match="--env NO_SUCH_NAME: is not set here"):
         passed_on(["NO_SUCH_NAME"])
@@ -90,10 +91,42 @@ def test_secrets_are_not_passed_on(monkeypatch):
     assert passed_on(["WANDB_API_KEY"])["WANDB_API_KEY"] == "secret"
 
 
-def test_launch_inside_a_launcher_is_refused(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "1"},
+        {"MV2_COMM_WORLD_RANK": "0"},
+        {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"},
+    ],
+)
+def test_launch_inside_a_launcher_is_refused(variables, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="launch was itself started by a launcher"):
         build_job(CONFIG, [], Options())
+    if "SLURM_PROCID" in variables:
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+        build_job(CONFIG, [], Options())
+
+
+def test_ranks_that_end_by_the_signal_for_a_returning_host_are_no_loss():
+    """It came as the run was just ending, when nothing waits for signals any more."""
+    job = build_job(CONFIG, [], Options(restarts=0))
+    supervisor, attempt = Supervisor(job), Attempt([Link(host, SimpleQueue(), []) for host in job.hosts])
+    rank = {"rank": 0, "local_rank": 0, "pid": 7, "code": -signal.SIGTERM}
+    ended = {"code": 1, "ours": False, "stopped": False, "clean": True, "first": 0, "failures": {"0": rank}}
+    attempt.ended = {attempt.links[0]: ended}
+    assert supervisor._conclude(attempt) == 1
+    attempt.asked = "the return of a host"
+    assert supervisor._conclude(attempt) is None
+
+
+def test_a_signal_before_ranks_are_started_ends_the_launch():
+    job = build_job(CONFIG, [], Options())
+    supervisor = Supervisor(job)
+    supervisor.attempt = Attempt([Link(host, SimpleQueue(), []) for host in job.hosts])
+    with pytest.raises(_Stopped):
+        supervisor._on_signal(signal.SIGINT)
 
 
 def test_which_worlds_a_layout_fits():
