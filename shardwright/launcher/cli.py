@@ -309,7 +309,7 @@ def run(arguments: Sequence[str]) -> int:
     if not given:
         app(["--help"], standalone_mode=False)
         return 2
-    with leaving_at_once() if given[0] in ("train", "verify", "doctor") else nullcontext():
+    with leaving_at_once() if given[0] in ("train", "verify", "doctor", "launch") else nullcontext():
         return guarded(lambda: app(given, standalone_mode=False), show_traceback=len(given) < len(arguments))
 
 
