@@ -166,9 +166,11 @@ class Link:
         with suppress(OSError, ValueError):
             for line in self._answers:
                 self.heard = time.monotonic()
-                message = json.loads(line)
+                message = self._parse(line)
+                if message is None:
+                    continue
                 if "hello" in message:
-                    self.hello = message["hello"]
+                    self.hello, self.problem = message["hello"], ""
                 if "failed" in message:
                     self.problem = message["failed"]
                 if "beat" not in message:
@@ -177,6 +179,18 @@ class Link:
             listener.join(LAST_WORDS_S)  # ssh says why it ended
         self.closed = True
         self.inbox.put((self, None))
+
+    def _parse(self, line: bytes) -> Message | None:
+        """A line of the keeper's; None for what a login shell prints before it, as many clusters have it."""
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if isinstance(message, dict):
+            return message
+        if self.hello is None:
+            self.problem = line.decode(errors="replace").strip() or self.problem
+        return None
 
     def _listen(self) -> None:
         assert self._process.stderr is not None

@@ -8,6 +8,7 @@ import signal
 import socket
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
@@ -174,3 +175,15 @@ def test_a_host_that_cannot_be_reached_is_named_with_what_ssh_says(tmp_path):
     hosts = written(tmp_path, "no-such-host.invalid slots=1")
     with pytest.raises(RunError, match=r"0 of 1 hosts answer, 1 are needed \(no-such-host.invalid: ssh: .*resolve"):
         launch(CONFIG, [], Options(hosts=hosts))
+
+
+def test_what_a_login_shell_prints_is_passed_over(tmp_path):
+    """Before the keeper's first line, as many clusters greet their users; it is the reason where nothing follows."""
+    inbox: SimpleQueue[Any] = SimpleQueue()
+    for answer, problem in (('{"hello": {"devices": 2}}', ""), ("no such file", "no such file")):
+        link = Link(Host("node1"), inbox, ["sh", "-c", f"echo Welcome to node1; echo 12; echo '{answer}'"])
+        link.open({})
+        while inbox.get()[1] is not None:
+            pass
+        link.wait(10)
+        assert (link.hello is None, link.problem) == (bool(problem), problem)
