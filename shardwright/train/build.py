@@ -28,7 +28,7 @@ from shardwright.parallel.precision import FORMATS, LossScaler, Masters, master_
 from shardwright.train.engines import build_engine
 from shardwright.train.evaluate import Validation
 from shardwright.train.guard import SpikeDetector
-from shardwright.train.layout import build_masters, build_stages, wants_compile
+from shardwright.train.layout import build_masters, build_stages, product_format, wants_compile
 from shardwright.train.optim import build_optimizer
 from shardwright.train.schedule import BatchRamp
 from shardwright.train.stages import Stages
@@ -169,7 +169,7 @@ def build_step(config: Config, world: World) -> Step:
 
 def _build_optimizer(config: Config, stages: Stages) -> tuple[StepMasters, torch.optim.Optimizer]:
     compute = FORMATS[config.precision.compute]
-    products = None if config.optimizer.matmul == "auto" else master_format(compute)
+    products = product_format(config)
     if stages.world.mesh is None:
         masters = Masters(stages.models[0].model, compute)
         return masters, build_optimizer(config.optimizer, list(masters.weights.items()), matmul_dtype=products)

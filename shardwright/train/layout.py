@@ -98,6 +98,11 @@ def optimizer_place(config: Config) -> str:
     return config.deepspeed.offload_optimizer or ("cpu" if config.parallel.offload else "none")
 
 
+def product_format(config: Config) -> torch.dtype | None:
+    """Number format of Muon's products; None takes the device's fast one."""
+    return None if config.optimizer.matmul == "auto" else master_format(FORMATS[config.precision.compute])
+
+
 def num_virtual(config: Config) -> int:
     """Pipeline stages of a rank."""
     if config.parallel.pipeline == 1:

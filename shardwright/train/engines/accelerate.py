@@ -23,11 +23,12 @@ from shardwright.log import get_logger
 from shardwright.model.families import build_model
 from shardwright.model.init import apply_init
 from shardwright.objective.causal import Causal
+from shardwright.parallel.logical import Logical
 from shardwright.parallel.mesh import World
 from shardwright.parallel.precision import FORMATS, Masters, master_format
 from shardwright.parallel.zero import STAGES, ShardedMasters, begin_micro_batch, sharded_modules
 from shardwright.train.engines import Built
-from shardwright.train.layout import apply_blocks, blocks_of
+from shardwright.train.layout import apply_blocks, blocks_of, product_format
 from shardwright.train.optim import build_optimizer
 from shardwright.train.stages import Batch, Loop, LossModel, Stages
 
@@ -113,12 +114,15 @@ def build(config: Config, world: World, objective: Causal) -> Built:
     zero = _shard(accelerator, root, config, world)
     masters = ShardedMasters([root], dict(model.named_parameters()))
     loop = AccelerateLoop(root, accelerator, zero)
-    optimizer = build_optimizer(config.optimizer, list(masters.parts.items()), logical=masters.logical)
+    optimizer = _optimizer(config, masters.parts, masters.logical)
     return Built(Stages({0: root}, loop, world), masters, optimizer)
 
 
-def _optimizer(config: Config, weights: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-    return build_optimizer(config.optimizer, list(weights.items()))
+def _optimizer(
+    config: Config, weights: Mapping[str, Tensor], logical: Mapping[str, Logical] | None = None
+) -> torch.optim.Optimizer:
+    named = list(weights.items())
+    return build_optimizer(config.optimizer, named, logical=logical, matmul_dtype=product_format(config))
 
 
 def _accelerator(world: World) -> Any:

@@ -37,6 +37,17 @@ def test_accelerate_changes_nothing(name, oracle, ranks, prepared, tmp_path):
 
 
 @pytest.mark.in_turn
+@pytest.mark.parametrize("zero", [0, 2])
+def test_muon_has_the_format_of_products_that_is_asked_for(zero, ranks, prepared, tmp_path):
+    settings = [CLIP, "optimizer.name=muon", "optimizer.matmul=fp32"]
+    expected = run(config(prepared, tmp_path / "alone"), settings)
+    raw = config(prepared, tmp_path / "run")
+    records = ranks.run(2, "tests.equivalence.work:run", raw, [*settings, ENGINE, f"parallel.zero={zero}"])[0]
+    found = disagreement(tmp_path / "run", records, tmp_path / "alone", expected)
+    assert all(found[key] < bound for key, bound in BOUNDS["fp32"].items()), found
+
+
+@pytest.mark.in_turn
 def test_bf16_casts_where_one_process_does(ranks, prepared, tmp_path):
     settings = [CLIP, "precision.compute=bf16", "model.qkv_bias=false"]
     expected = run(config(prepared, tmp_path / "alone"), settings)
