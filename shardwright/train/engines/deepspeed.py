@@ -11,8 +11,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -47,7 +48,21 @@ def check(config: Config) -> None:
     from shardwright.train.engines.deepspeed_config import check_places, engine_config
 
     check_places(config)
+    _check_nvme(config)
     engine_config(config, 1, gpu=device.type == "cuda")
+
+
+def _check_nvme(config: Config) -> None:
+    """ConfigError where something goes to nvme, and the operator that DeepSpeed writes with cannot be had."""
+    if "nvme" not in (config.deepspeed.offload_optimizer, config.deepspeed.offload_parameters):
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise ConfigError(
+            "deepspeed: offload to nvme needs DeepSpeed's async_io, which is compiled here at the first use: install a "
+            "C++ compiler and libaio (Debian: apt-get install g++ libaio-dev), or offload to cpu"
+        )
 
 
 def build(config: Config, world: World, objective: Causal) -> Built:
@@ -68,8 +83,14 @@ def build(config: Config, world: World, objective: Causal) -> Built:
     names = _take_names(base)
     base.state.clear()  # of the parameters, in whose place DeepSpeed puts its shards
     settings = engine_config(config, world.size, gpu=world.device.type == "cuda")
-    with _local_rank(world):
-        engine, *_ = deepspeed.initialize(model=root, optimizer=base, config=settings, dist_init_required=False)
+    with _local_rank(world), _linear():
+        try:
+            engine, *_ = deepspeed.initialize(model=root, optimizer=base, config=settings, dist_init_required=False)
+        except (AssertionError, NotImplementedError, ValueError) as error:
+            raise ConfigError(
+                f"engine=deepspeed: DeepSpeed refuses these settings: {' '.join(str(error).split())}"
+            ) from error
+        linear = nn.functional.linear
     held = Held(engine, base, parameters, shapes, names, STATES[config.optimizer.name])
     held.build_states(config.optimizer.name, config.optimizer.momentum)
     if config.precision.compute != "fp32":
@@ -79,7 +100,7 @@ def build(config: Config, world: World, objective: Causal) -> Built:
             held.set(name, value.to(world.device))
     rows = Rows(world)
     masters = DeepSpeedMasters(held, rows, world)
-    passes = DeepSpeedLoop(root, masters, world)
+    passes = DeepSpeedLoop(root, masters, world, partial(_linear, linear))
     optimizer = cast(torch.optim.Optimizer, DeepSpeedOptimizer(held, rows, masters))
     return Built(Stages({0: root}, passes, world), masters, optimizer)
 
@@ -135,6 +156,20 @@ def _local_rank(world: World) -> Iterator[None]:
     finally:
         if missing:
             del os.environ["LOCAL_RANK"]
+
+
+@contextmanager
+def _linear(function: Callable[..., Tensor] | None = None) -> Iterator[None]:
+    """Within, torch's `linear` is `function`; what DeepSpeed puts in its place at ZeRO 3 is not left there.
+
+    It would stay for the rest of the process, where other engines and stages run as well.
+    """
+    before = nn.functional.linear
+    nn.functional.linear = function or before
+    try:
+        yield
+    finally:
+        nn.functional.linear = before
 
 
 def _forget_groups() -> None:
@@ -337,12 +372,22 @@ class DeepSpeedMasters:
 class DeepSpeedLoop(Loop):
     """Micro-batches through the engine, which reduces gradients at the last of them."""
 
-    def __init__(self, model: LossModel, masters: DeepSpeedMasters, world: World) -> None:
-        super().__init__(model)
+    def __init__(
+        self,
+        model: LossModel,
+        masters: DeepSpeedMasters,
+        world: World,
+        around: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        super().__init__(model, around=around)
         self.engine, self.masters, self.world = masters.held.engine, masters, world
 
     def run(self, batches: Sequence[Batch]) -> Tensor:
         """See `Passes`."""
+        with self.around():
+            return self._run(batches)
+
+    def _run(self, batches: Sequence[Batch]) -> Tensor:
         if self.masters.aside:
             with torch.no_grad():
                 return torch.stack([self.model(batch["input_ids"], **batch) for batch in batches]).sum()

@@ -18,6 +18,7 @@ from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils.logging import log_levels
 from pydantic import BaseModel, ValidationError
 
 from shardwright.config import Config, ConfigError
@@ -33,10 +34,10 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "csv_monitor": CSVConfig,
     "comet": CometConfig,
 }
-#: Sections without a class, with their keys.
-KEYS: dict[str, frozenset[str]] = {
-    "flops_profiler": frozenset(vars(DeepSpeedFlopsProfilerConfig({}))),
-    "aio": frozenset(AIO_DEFAULT_DICT),
+#: Sections without a class, with their keys and defaults.
+KEYS: dict[str, Mapping[str, Any]] = {
+    "flops_profiler": vars(DeepSpeedFlopsProfilerConfig({})),
+    "aio": AIO_DEFAULT_DICT,
 }
 #: Single values, with their types.
 VALUES: dict[str, tuple[type, ...]] = {
@@ -49,6 +50,13 @@ VALUES: dict[str, tuple[type, ...]] = {
     "disable_python_gc": (bool,),
     "steps_per_print": (int,),
     "log_level": (str,),
+}
+#: Sections in the section, and what makes them.
+OFFLOADS = {"offload_optimizer": "deepspeed.offload_optimizer", "offload_param": "deepspeed.offload_parameters"}
+#: Single values of which DeepSpeed knows a few.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "communication_data_type": ("fp32", "fp16", "bf16"),
+    "log_level": tuple(log_levels),
 }
 #: What a key of ours decides.
 DECIDED: dict[str, str] = {
@@ -85,6 +93,11 @@ DECIDED: dict[str, str] = {
     "zero_optimization.offload_param.device": "deepspeed.offload_parameters",
     "zero_optimization.offload_param.nvme_path": "deepspeed.nvme_path",
     "zero_optimization.offload_param.pin_memory": "deepspeed.pin_memory",
+    "zero_optimization.memory_efficient_linear": "train.recompute",
+    "zero_optimization.round_robin_gradients": "the order of the shards, by which checkpoints find them",
+    "zero_optimization.cpu_offload": "deepspeed.offload_optimizer",
+    "zero_optimization.cpu_offload_param": "deepspeed.offload_parameters",
+    "zero_optimization.cpu_offload_use_pin_memory": "deepspeed.pin_memory",
     "zero_optimization.zero_hpz_partition_size": "parallel.shard, of engine=native",
     "zero_optimization.compute_grad_norm": "the guard, which needs the norm",
     "bf16.enabled": "precision.compute",
@@ -134,6 +147,9 @@ def _zero(config: Config, *, gpu: bool) -> dict[str, Any]:
         "reduce_bucket_size": ours.bucket,
         "allgather_bucket_size": ours.bucket,
     }
+    if config.train.recompute == "selective":
+        # DeepSpeed's own adds the bias in place, to a product that is kept: the second forward adds it once more.
+        made["memory_efficient_linear"] = False
     if ours.overlap is not None:
         made["overlap_comm"] = ours.overlap
     places = {"offload_optimizer": optimizer_place(config), "offload_param": ours.offload_parameters}
@@ -170,18 +186,51 @@ def _check_extra(extra: Mapping[str, Any], made: Mapping[str, Any]) -> None:
         if key in SECTIONS or key in KEYS:
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{where}={value!r}: is a section; give its keys, as in {where}.enabled=true")
-            known = KEYS.get(key) or SECTIONS[key].model_fields.keys()
+            known = KEYS.get(key) or _names(SECTIONS[key])
             for inner in _flat(value):
                 _refuse_decided(f"{key}.{inner}", f"{where}.{inner}")
                 if inner.partition(".")[0] not in known:
                     raise _unknown(f"{where}.{inner}", inner.partition(".")[0], known)
+            _check_types(where, KEYS.get(key, {}), value)
+            for inner in OFFLOADS if key == "zero_optimization" else ():
+                if inner in value and not isinstance(value[inner], Mapping):  # null would take ours away
+                    raise ConfigError(
+                        f"{where}.{inner}={value[inner]!r}: is a section; give its keys, or use {OFFLOADS[inner]}"
+                    )
             if key == "bf16" and "bf16" not in made:
                 raise ConfigError(f"{where}: precision.compute is not bf16; drop it, or use precision.compute=bf16")
-        elif key not in VALUES:
-            raise _unknown(where, key, [*SECTIONS, *KEYS, *VALUES, *DECIDED])
-        elif not isinstance(value, VALUES[key]) or (isinstance(value, bool) and bool not in VALUES[key]):
-            expected = " or ".join(kind.__name__ for kind in VALUES[key])
-            raise ConfigError(f"{where}={value!r}: expected {expected}")
+        else:
+            _check_value(where, key, value)
+
+
+def _check_value(where: str, key: str, value: Any) -> None:
+    """ConfigError where a single value is of another type or range than DeepSpeed's."""
+    if key not in VALUES:
+        raise _unknown(where, key, [*SECTIONS, *KEYS, *VALUES, *DECIDED])
+    if not isinstance(value, VALUES[key]) or (isinstance(value, bool) and bool not in VALUES[key]):
+        expected = " or ".join(kind.__name__ for kind in VALUES[key])
+        raise ConfigError(f"{where}={value!r}: expected {expected}")
+    if key in CHOICES and str(value).lower() not in CHOICES[key]:
+        raise ConfigError(f"{where}={value}: expected one of {', '.join(CHOICES[key])}")
+    if key == "gradient_predivide_factor" and not float(str(value)) > 0:
+        raise ConfigError(f"{where}={value}: expected more than 0")
+
+
+def _check_types(where: str, defaults: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """ConfigError at the first value of another type than its default has: DeepSpeed has no class for these."""
+    for key, value in values.items():
+        if key not in defaults:
+            continue
+        kind = str if defaults[key] is None else type(defaults[key])
+        given = float(value) if kind is float and type(value) is int else value
+        if type(given) is not kind:
+            raise ConfigError(f"{where}.{key}={value!r}: expected {kind.__name__}")
+
+
+def _names(schema: type[BaseModel]) -> list[str]:
+    """Keys of a section, by either name where there are two: DeepSpeed's pages use the alias."""
+    found = {name: field.alias for name, field in schema.model_fields.items()}
+    return [*found, *(alias for alias in found.values() if alias)]
 
 
 def _refuse_decided(key: str, where: str) -> None:
@@ -236,4 +285,4 @@ def _fields(schema: type[BaseModel], path: Iterable[int | str]) -> Iterable[str]
         if not options:
             return ()
         found = options[0]
-    return found.model_fields.keys()
+    return _names(found)

@@ -1,8 +1,10 @@
 """DeepSpeed in the place of our own sharding: the same run, in real processes over gloo, at every ZeRO stage."""
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from shardwright.config import ConfigError
 from shardwright.parallel.refusals import refusals
@@ -21,6 +23,7 @@ CASES = {
     "zero1": ["parallel.zero=1"],
     "zero2": ["parallel.zero=2", "train.recompute=full"],
     "zero3": ["parallel.zero=3"],
+    "zero3_selective": ["parallel.zero=3", "train.recompute=selective"],
     "zero1_offload": ["parallel.zero=1", "parallel.offload=true"],
     "zero3_offload": ["parallel.zero=3", "parallel.offload=true", "deepspeed.offload_parameters=cpu"],
 }
@@ -41,6 +44,14 @@ def test_deepspeed_changes_nothing(name, oracle, ranks, prepared, tmp_path):
     records = ranks.run(2, "tests.equivalence.work:run", raw, settings)[0]
     found = disagreement(tmp_path / "run", records, *oracle)
     assert all(found[key] < bound for key, bound in BOUNDS["fp32"].items()), found
+
+
+@pytest.mark.in_turn
+def test_what_deepspeed_puts_in_torchs_place_goes_with_its_passes(ranks, prepared, tmp_path):
+    settings = [ENGINE, "parallel.zero=3", "train.steps=2"]
+    assert ranks.run(1, "tests.train.engines.work:left_behind", config(prepared, tmp_path / "run"), settings) == [
+        (3, 0)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +142,17 @@ def settled(prepared: Path, *overrides: str):
         (["deepspeed.extra={wall_clock_breakdown: 3}"], "expected bool"),
         (["deepspeed.extra={bf16: {immediate_grad_update: true}}"], "precision.compute"),
         (["deepspeed.extra={zero_optimization: 3}"], "is a section"),
+        (["deepspeed.extra={zero_optimization: {offload_optimizer: null}}", "parallel.offload=true"], "is a section"),
+        (["deepspeed.extra={zero_optimization: {cpu_offload: true}}"], "decided by deepspeed.offload_optimizer"),
+        (["deepspeed.extra={zero_optimization: {round_robin_gradients: true}}"], "by which checkpoints find them"),
+        (["deepspeed.extra={zero_optimization: {stage3_max_live_parameter: 5}}"], "mean stage3_max_live_parameters"),
+        (["deepspeed.extra={aio: {block_size: big}}"], "block_size='big': expected int"),
+        (["deepspeed.extra={flops_profiler: {recompute_fwd_factor: much}}"], "expected float"),
+        (["deepspeed.extra={communication_data_type: fp99}"], "expected one of fp32, fp16, bf16"),
+        (["deepspeed.extra={gradient_predivide_factor: 0}"], "expected more than 0"),
         (["deepspeed.offload_optimizer=nvme"], "deepspeed.nvme_path: is missing"),
         (["deepspeed.nvme_path=/tmp"], "nothing goes there"),
+        (["deepspeed.extra={zero_optimization: {memory_efficient_linear: true}}"], "decided by train.recompute"),
         (["deepspeed.offload_optimizer=nvme", "parallel.offload=true"], "contradicts parallel.offload"),
         (["precision.compute=fp16"], "no fp16 on a CPU"),
     ],
@@ -146,13 +166,36 @@ def test_what_contradicts_is_refused_in_one_line(overrides, said, prepared, monk
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_nvme_without_its_operator_is_refused(prepared, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    from shardwright.train.engines import check_engine
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda _self: False)
+    nvme = ["parallel.zero=3", "deepspeed.offload_optimizer=nvme", "deepspeed.nvme_path=/tmp"]
+    with pytest.raises(ConfigError, match=r"apt-get install g\+\+ libaio-dev"):
+        check_engine(settled(prepared, *nvme))
+
+
+@pytest.mark.in_turn
+def test_what_deepspeed_itself_refuses_is_one_line(prepared, tmp_path):
+    settings = [ENGINE, "parallel.zero=2", "deepspeed.extra={gradient_predivide_factor: 2.0}", "train.device=cpu"]
+    with pytest.raises(ConfigError, match="DeepSpeed refuses these settings: gradient_predivide_factor != 1.0"):
+        run(config(prepared, tmp_path / "run"), settings)
+
+
 def test_what_deepspeed_knows_is_passed_on(prepared, monkeypatch):
+    """The example of docs/deepspeed.md; the second key is the alias that DeepSpeed's own pages use."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     from shardwright.train.engines.deepspeed_config import engine_config
 
-    extra = "deepspeed.extra={zero_optimization: {sub_group_size: 1000000}, communication_data_type: bf16}"
-    found = engine_config(settled(prepared, extra, "parallel.zero=3"), 2, gpu=False)
-    assert found["zero_optimization"]["sub_group_size"] == 1_000_000 and found["zero_optimization"]["stage"] == 3
+    page = (Path(__file__).parents[3] / "docs/deepspeed.md").read_text("utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    raw = config(prepared, "runs/none") | yaml.safe_load(example)
+    found = engine_config(read_config(raw, ["train.device=cpu"]), 2, gpu=False)
+    zero = found["zero_optimization"]
+    assert (zero["sub_group_size"], zero["stage3_param_persistence_threshold"], zero["stage"]) == (10**8, 10**4, 3)
     assert found["communication_data_type"] == "bf16" and found["gradient_accumulation_steps"] == 4
 
 

@@ -57,6 +57,14 @@ def spoiled(raw: dict[str, Any], overrides: list[str], step: int, rank: int) -> 
         loop.Run = original  # type: ignore[misc]
 
 
+def left_behind(raw: dict[str, Any], overrides: list[str]) -> tuple[int, int]:
+    """Train: (ZeRO stage, whether torch's `linear` is another one afterwards)."""
+    before = torch.nn.functional.linear
+    config = read_config(raw, overrides)
+    loop.train(config)
+    return config.parallel.zero, int(torch.nn.functional.linear is not before)
+
+
 def verified(raw: dict[str, Any], overrides: list[str]) -> tuple[bool, str]:
     """`shardwright verify`: (passed, verdict)."""
     torch.set_num_threads(1)
