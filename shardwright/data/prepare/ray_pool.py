@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -163,9 +164,9 @@ class RayPool:
 
     def can_open(self, locations: list[str]) -> bool:
         """Whether every node can open these inputs itself; the first that cannot is named in the log."""
-        for host, answer in _ask_nodes(self.ray, try_to_open, locations):
+        for host, found in _ask_nodes(self.ray, try_to_open, locations):
             try:
-                reason = self.ray.get(answer, timeout=ANSWER_S)
+                reason = found()
             except self.ray.exceptions.RayError as error:
                 reason = _first_line(error)
             if reason:
@@ -218,14 +219,16 @@ def _check_nodes(ray: Any, work: Path) -> None:
     probe = (work / "probe").resolve()
     probe.write_text(secrets.token_hex(16))
     here = look_around(probe)
-    for host, answer in _ask_nodes(ray, look_around, probe):
+    for host, found in _ask_nodes(ray, look_around, probe):
         try:
-            there = ray.get(answer, timeout=ANSWER_S)
-        except ray.exceptions.RayError as error:
+            there = found()
+        except (ray.exceptions.RayTaskError, ray.exceptions.RuntimeEnvSetupError) as error:
             reason = _first_line(getattr(error, "cause", None) or error)
             raise ConfigError(
                 f"ray node {host}: cannot run a task ({reason}); install this shardwright on every node"
             ) from None
+        except ray.exceptions.RayError as error:
+            raise RunError(f"ray node {host}: gives no answer ({_first_line(error)}); run again to go on") from None
         for name, value in here.items():
             if name == "probe" and there[name] != value:
                 raise ConfigError(f"ray node {host}: does not see {work}; choose an output= that all nodes share")
@@ -238,17 +241,15 @@ def _working_nodes(ray: Any) -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
-def _ask_nodes(ray: Any, function: Callable[[Any], Any], argument: Any) -> list[tuple[str, Any]]:
-    """(address, answer to be awaited) of each node, all asked at once."""
+def _ask_nodes(ray: Any, function: Callable[[Any], Any], argument: Any) -> list[tuple[str, Callable[[], Any]]]:
+    """(address, what waits for the answer) of each node, all asked at once; again where a worker is lost."""
     pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-    ask = ray.remote(num_cpus=0, max_retries=0)(function)
-    return [
-        (
-            node["NodeManagerAddress"],
-            ask.options(scheduling_strategy=pinned(node["NodeID"], soft=False)).remote(argument),
-        )
-        for node in _working_nodes(ray)
-    ]
+    ask = ray.remote(num_cpus=0, max_retries=ATTEMPTS - 1)(function)
+    found: list[tuple[str, Callable[[], Any]]] = []
+    for node in _working_nodes(ray):
+        answer = ask.options(scheduling_strategy=pinned(node["NodeID"], soft=False)).remote(argument)
+        found.append((node["NodeManagerAddress"], partial(ray.get, answer, timeout=ANSWER_S)))
+    return found
 
 
 def try_to_open(locations: list[str]) -> str:

@@ -217,6 +217,19 @@ def test_a_killed_worker_costs_its_task_only(ray, pieces, undisturbed, tmp_path,
     assert f"a worker of Ray was lost (WorkerCrashedError); its task, {task}, is done again" in capsys.readouterr().err
 
 
+def dies_once(marker: Path) -> str:
+    """A task whose worker is killed the first time."""
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "here"
+
+
+@pytest.mark.faults
+def test_a_worker_lost_while_nodes_are_asked_is_asked_again(ray, tmp_path):
+    assert [found() for _, found in ray_pool._ask_nodes(ray, dies_once, tmp_path / "marker")] == ["here"]
+
+
 @pytest.mark.faults
 def test_a_task_that_kills_every_worker_is_given_up(ray, capsys):
     with pytest.raises(RunError, match="4 workers were lost at the same task, _exit .*Run again to go on"):
