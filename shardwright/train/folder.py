@@ -19,6 +19,7 @@ from shardwright.train.writing import writing
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
+PATIENCE_S = 60.0
 
 
 def open_run_folder(config: Config) -> tuple[Path, Path | None]:
@@ -48,6 +49,20 @@ def write_config(folder: Path, config: Config) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         fresh.write_text(to_yaml(config), encoding="utf-8")
         fresh.replace(path)
+
+
+def find_run_folder(folder: Path, patience_s: float = PATIENCE_S) -> None:
+    """RunError where this rank does not see what rank 0 wrote at the start, or could not save: the first save is late.
+
+    Network file systems may show a new file only after a while.
+    """
+    where, deadline = f"{folder} on {socket.gethostname()}", time.monotonic() + patience_s
+    while not (folder / CONFIG).is_file():
+        if time.monotonic() > deadline:
+            raise RunError(f"{where}: is not the run folder of rank 0; choose one that all hosts share, with run=PATH")
+        time.sleep(0.2)
+    if not os.access(folder, os.W_OK):
+        raise RunError(f"{where}: cannot be written; mend its permissions or choose another folder with run=PATH")
 
 
 def _check_meaning(folder: Path, config: Config) -> None:

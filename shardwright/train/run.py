@@ -42,7 +42,7 @@ from shardwright.train.diagnose import first_nonfinite
 from shardwright.train.ending import Ending, tell
 from shardwright.train.engines import check_engine
 from shardwright.train.evaluate import Validation, evaluate
-from shardwright.train.folder import CHECKPOINTS, FolderLock, open_run_folder
+from shardwright.train.folder import CHECKPOINTS, FolderLock, find_run_folder, open_run_folder
 from shardwright.train.guard import DelayedRead
 from shardwright.train.layout import build_facts
 from shardwright.train.metrics import record_start
@@ -105,6 +105,7 @@ def _open_folder(config: Config, corpus: Corpus, ranks: Ranks, lock: FolderLock)
         return str(checkpoint or "")
 
     found = ranks.share(ranks.together("opening the run folder", enter if ranks.rank == 0 else None) or "")
+    ranks.together("looking for the run folder", lambda: find_run_folder(Path(config.run or "")))
     return Path(found) if found else None
 
 
