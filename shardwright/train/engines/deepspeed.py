@@ -9,7 +9,9 @@ our guard has seen before. deepspeed_config.py makes its configuration, rows.py 
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -100,7 +102,7 @@ def build(config: Config, world: World, objective: Causal) -> Built:
             held.set(name, value.to(world.device))
     rows = Rows(world)
     masters = DeepSpeedMasters(held, rows, world)
-    passes = DeepSpeedLoop(root, masters, world, partial(_linear, linear))
+    passes = DeepSpeedLoop(root, masters, world, partial(_passing, world, linear))
     optimizer = cast(torch.optim.Optimizer, DeepSpeedOptimizer(held, rows, masters))
     return Built(Stages({0: root}, passes, world), masters, optimizer)
 
@@ -131,6 +133,9 @@ def _load(device: torch.device) -> Any:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     import deepspeed
 
+    for handler in deepspeed.utils.logger.handlers:  # stdout is for answers
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
     if device.type == "cpu":
         # Of use to its inference alone; compiling it takes a minute, and it says so on stdout, where answers go.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -170,6 +175,13 @@ def _linear(function: Callable[..., Tensor] | None = None) -> Iterator[None]:
         yield
     finally:
         nn.functional.linear = before
+
+
+@contextmanager
+def _passing(world: World, linear: Callable[..., Tensor]) -> Iterator[None]:
+    """What has to stand around passes."""
+    with _local_rank(world), _linear(linear):
+        yield
 
 
 def _forget_groups() -> None:
@@ -345,7 +357,8 @@ class DeepSpeedMasters:
 
     def step(self) -> None:
         """DeepSpeed's step, over the gradients that are there."""
-        self.held.engine.step()
+        with _local_rank(self.world):
+            self.held.engine.step()
         self.pending = False
 
     @contextmanager

@@ -1,6 +1,9 @@
 """DeepSpeed in the place of our own sharding: the same run, in real processes over gloo, at every ZeRO stage."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,11 @@ from shardwright.train.layout import build_facts
 from shardwright.train.settings import read_config
 from tests.equivalence.cells import BOUNDS, config, disagreement
 from tests.equivalence.work import leg, run
+from tests.ranks import VARIABLES
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'shardwright[deepspeed]'")
 
+ROOT = Path(__file__).parents[3]
 ENGINE = "engine=deepspeed"
 CLIP = "train.clip=0.2"  # acts in every step
 BF16 = [CLIP, "precision.compute=bf16", "model.qkv_bias=false"]
@@ -123,6 +128,19 @@ def test_verify_looks_into_deepspeed(ranks, prepared, tmp_path):
     assert all(passed for passed, _ in answers), answers
 
 
+def test_one_process_without_a_launcher_at_zero_3(prepared, tmp_path):
+    """And nothing of DeepSpeed's goes to stdout, where answers go."""
+    raw = config(prepared, tmp_path / "run") | {"engine": "deepspeed", "parallel": {"zero": 3}}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "shardwright", "train", str(file), "optimizer.name=sgd", "train.steps=6"]
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    environment |= {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "DeepSpeed" not in found.stdout and "untested" not in found.stdout, found.stdout
+
+
 # ------------------------------------------------------------------------------------------ what is refused
 
 
@@ -190,7 +208,7 @@ def test_what_deepspeed_knows_is_passed_on(prepared, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     from shardwright.train.engines.deepspeed_config import engine_config
 
-    page = (Path(__file__).parents[3] / "docs/deepspeed.md").read_text("utf-8")
+    page = (ROOT / "docs/deepspeed.md").read_text("utf-8")
     (example,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     raw = config(prepared, "runs/none") | yaml.safe_load(example)
     found = engine_config(read_config(raw, ["train.device=cpu"]), 2, gpu=False)
