@@ -53,7 +53,7 @@ def test_deepspeed_changes_nothing(name, oracle, ranks, prepared, tmp_path):
 
 @pytest.mark.in_turn
 def test_what_deepspeed_puts_in_torchs_place_goes_with_its_passes(ranks, prepared, tmp_path):
-    settings = [ENGINE, "parallel.zero=3", "train.steps=2"]
+    settings = [ENGINE, "parallel.zero=3", "train.steps=6"]
     assert ranks.run(1, "tests.train.engines.work:left_behind", config(prepared, tmp_path / "run"), settings) == [
         (3, 0)
     ]
