@@ -265,12 +265,29 @@ class Held:
         parameter = self.parameters[name]
         if self.stage == 0:
             self.get(name, state).copy_(value)
+        elif self.stage == 3:
+            self._set_part(parameter, value, state)
+            if state is None:
+                self._set_copy(parameter, value)
         elif state is not None:
             safe_set_full_optimizer_state(parameter, value, state)
         else:
             safe_set_full_fp32_param(parameter, value)
-            if self.stage == 3:
-                self._set_copy(parameter, value)
+
+    def _set_part(self, parameter: nn.Parameter, value: Tensor, state: str | None) -> None:
+        """As DeepSpeed's `set_full_hp_param`, which fails where the ranks do not divide a tensor (seen in 0.19.8).
+
+        The part of the last rank is padded, and what lies behind the tensor stays as it is.
+        """
+        wrapper = self.wrapper
+        part, group = wrapper._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=False, optim_state_key=state
+        )
+        first = part.numel() * wrapper._get_param_partition_rank(parameter)
+        own = value.flatten()[first : first + part.numel()]
+        part.data[: own.numel()].copy_(own)
+        if wrapper._swappable_optimizer_subgroup(group):
+            wrapper._optimizer_states_and_gradient_swap_out(group)
 
     def _set_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
         """The compute copy of a parameter that is sharded."""

@@ -109,6 +109,19 @@ def test_a_roll_back_forgets_the_gradients_that_are_there(zero, ranks, prepared,
 
 
 @pytest.mark.in_turn
+def test_tensors_that_the_ranks_do_not_divide(ranks, prepared, tmp_path):
+    """DeepSpeed pads the last rank's part at ZeRO 3: masters are set at the start in bf16, and all when resuming."""
+    settings = [*BF16, "model.mlp_width=97", "train.steps=8", "checkpoint.every=4"]
+    expected = run(config(prepared, tmp_path / "alone"), settings)
+    raw = config(prepared, tmp_path / "run")
+    sharded = [*settings, ENGINE, "parallel.zero=3"]
+    ranks.run(2, "tests.equivalence.work:leg", raw, sharded, 4)
+    records = ranks.run(2, "tests.equivalence.work:run", raw, sharded)[0]
+    found = disagreement(tmp_path / "run", records, tmp_path / "alone", expected)
+    assert all(found[key] < bound for key, bound in BOUNDS["bf16"].items()), found
+
+
+@pytest.mark.in_turn
 def test_checkpoints_go_from_native_to_deepspeed_and_back(ranks, prepared, tmp_path):
     steps = [CLIP, "checkpoint.every=4", "train.steps=16"]
     raw = config(prepared, tmp_path / "chain")
