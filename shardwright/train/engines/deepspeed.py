@@ -10,7 +10,6 @@ configuration, rows.py its checkpoints.
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import logging
 import os
 import warnings
@@ -184,16 +183,10 @@ def _passing(world: World, linear: Callable[..., Tensor]) -> Iterator[None]:
 
 
 def _forget_groups() -> None:
-    """Drop what DeepSpeed remembers of a run before, in this process: its groups, and how many modules it has seen.
-
-    It counts them in a default argument, and has ranks compare their numbers, which differ where histories do.
-    """
+    """Drop what DeepSpeed remembers of the process groups of a run before, in this process."""
     from deepspeed.comm import comm
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.utils import groups
 
-    counted = inspect.signature(DeepSpeedZeRoOffload._register_deepspeed_module).parameters["count"].default
-    counted[0] = 0
     groups._release_process_group_references(None)
     comm.cdb = None
     comm.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
