@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import datetime
 import gzip
 import json
+import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 
+from shardwright.log import get_logger
 from tests.ranks import ranks
 
 __all__ = ["ranks"]
@@ -46,8 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def deterministic() -> Iterator[None]:
-    """Every test starts from the same seeds, on one thread, with float32 as the default type."""
+    """Every test starts from the same seeds, on one thread, with float32 as the default type and a log that speaks."""
     torch.set_num_threads(1)
+    get_logger().setLevel(logging.INFO)  # `--json` raises it for the rest of its process
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
