@@ -11,10 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
-
 from shardwright.config import Config, ParallelConfig
-from shardwright.model.families import build_model
+from shardwright.model.count import parameter_shapes
 from shardwright.model.transformer import TransformerConfig
 from shardwright.parallel.mesh import mesh_shape
 from shardwright.parallel.precision import FORMATS
@@ -161,23 +159,12 @@ def split(size: int, ranks: int, index: int) -> int:
     return min(each, max(size - index * each, 0))
 
 
-def model_shapes(model: TransformerConfig) -> Shapes:
-    """The shape of every parameter, in the model's order."""
-    with torch.device("meta"):
-        one = build_model(model.model_copy(update={"layers": 1}))
-    shapes: Shapes = {}
-    for name, parameter in one.named_parameters():
-        blocks = range(model.layers) if name.startswith("blocks.0.") else (0,)
-        shapes |= {name.replace("blocks.0.", f"blocks.{n}.", 1): tuple(parameter.shape) for n in blocks}
-    return shapes
-
-
 def rank_share(
     model: TransformerConfig, layout: Layout, place: Place | None = None, stages: Stages | None = None
 ) -> list[StageShare]:
     """The stages of the rank at `place`; `stages` are all stages of the pipeline, needed where there are several."""
     place = place or Place()
-    shapes = model_shapes(model)
+    shapes = parameter_shapes(model)
     if stages is None:
         assert layout.pipeline == 1, "which layers a stage has is not known here"
         stages = [{layer_of(name) for name in shapes}]
@@ -217,7 +204,7 @@ def _group(shapes: Shapes, layout: Layout, place: Place) -> Group:
         style, leaf = _style(name)
         if (dim := style.dims.get(leaf)) is not None:
             shape = (*shape[:dim], split(shape[dim], layout.tensor, place.tensor), *shape[dim + 1 :])
-        elif style.partial or layout.sequence:
+        elif style.is_partial(leaf, layout.sequence):
             partial.add(name)
         local[name] = shape
     return Group(local, frozenset(partial))

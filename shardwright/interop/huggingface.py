@@ -28,11 +28,11 @@ def read_config(raw: Mapping[str, Any]) -> TransformerConfig:
         found = _get(raw, key)
         if found is not _ABSENT and found != expected:
             raise ValueError(f"config.json: {key}={found!r} is not supported here; expected {expected!r}")
-    fields: dict[str, Any] = {"family": name}
+    fields: dict[str, Any] = {"family": name, **table.variants.get(_architecture(raw, table), {})}
     for field, keys in table.fields.items():
         found = next((v for v in (_get(raw, k) for k in keys) if v is not _ABSENT), _ABSENT)
         if found is not _ABSENT:
-            fields[field] = found
+            fields[field] = found - table.shifts[field] if field in table.shifts else found
     for field, (key, values) in table.values.items():
         found = _get(raw, key)
         matches = [ours for ours, theirs in values.items() if theirs == found]
@@ -52,10 +52,11 @@ def write_config(config: TransformerConfig) -> dict[str, Any]:
                 f"model.{field}={given[field]!r}: {table.architecture} has {expected!r} and cannot say otherwise"
             )
     filled = config.model_dump() | _filled(config)
-    raw: dict[str, Any] = {"model_type": table.model_type, "architectures": [table.architecture]}
+    raw: dict[str, Any] = {"model_type": table.model_type, "architectures": [_architecture_of(table, filled)]}
     for field, keys in table.fields.items():
+        value = filled[field] + table.shifts[field] if field in table.shifts else filled[field]
         for key in keys:
-            _put(raw, key, filled[field], field)
+            _put(raw, key, value, field)
     for field, (key, values) in table.values.items():
         if filled[field] not in values:
             raise ValueError(f"model.{field}={filled[field]!r}: {table.architecture} has {', '.join(values)} alone")
@@ -99,6 +100,19 @@ def _find_family(model_type: Any) -> tuple[str, Family]:
     if model_type not in known:
         raise ValueError(f"config.json: model_type={model_type!r}: expected one of {', '.join(sorted(known))}")
     return known[model_type]
+
+
+def _architecture(raw: Mapping[str, Any], table: HuggingFaceMap) -> str:
+    """What a config.json says that it is, or what its type is by default."""
+    return next(iter(raw.get("architectures") or ()), table.architecture)
+
+
+def _architecture_of(table: HuggingFaceMap, given: Mapping[str, Any]) -> str:
+    """The variant that has all of these fields; without variants the only one."""
+    for architecture, fields in table.variants.items():
+        if all(given[field] == value for field, value in fields.items()):
+            return architecture
+    return table.architecture
 
 
 def _map_of(family: Family) -> HuggingFaceMap:

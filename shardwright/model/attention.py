@@ -1,4 +1,4 @@
-"""Causal self-attention with any number of key heads, its masks, and the cache that generation keeps.
+"""Self-attention, causal or not, with any number of key heads, its masks, and the cache that generation keeps.
 
 Used by the blocks of transformer.py. Shapes: B batch, T tokens, S keys, D width, H heads, K key heads,
 d head width. Head counts are read off the tensors, so a module that holds some of the heads just works.
@@ -123,29 +123,40 @@ def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """[B, 1, T, T], true where key and query share a document number of [B, T] and the key is not later."""
+def document_mask(documents: Tensor, causal: bool = True) -> Tensor:
+    """[B, 1, T, T], true where key and query share a document number of [B, T] and the key, if causal, is not later."""
     same = documents.unsqueeze(2) == documents.unsqueeze(1)
-    return same.tril_().unsqueeze(1)
+    return (same.tril_() if causal else same).unsqueeze(1)
 
 
 def row_mask(
-    row_index: Tensor, key_index: Tensor, documents: Tensor | None = None, key_documents: Tensor | None = None
+    row_index: Tensor,
+    key_index: Tensor,
+    documents: Tensor | None = None,
+    key_documents: Tensor | None = None,
+    causal: bool = True,
 ) -> Tensor:
-    """[B, 1, T, S], true where the key is not later and of the query's document: queries that are part of a row.
+    """[B, 1, T, S], true where the key is of the query's document and, if causal, not later.
 
-    Places in the row: `row_index` [T] or [B, T] of queries, `key_index` [B, S] of keys; documents alike.
+    For queries that are part of a row. Places in it: `row_index` [T] or [B, T] of queries, `key_index` [B, S] of keys;
+    documents alike.
     """
-    mask = key_index.unsqueeze(-2) <= row_index.unsqueeze(-1)
+    keys, queries = key_index.unsqueeze(-2), row_index.unsqueeze(-1)
+    mask = keys <= queries if causal else (keys >= 0) & (queries >= 0)
     if documents is not None:
         assert key_documents is not None, "documents of queries need those of keys beside them"
         mask &= documents.unsqueeze(-1) == key_documents.unsqueeze(-2)
     return mask.unsqueeze(1)
 
 
-def padding_mask(attention_mask: Tensor, past: int = 0) -> Tensor:
-    """Causal [B, 1, T, S] that hides keys where `attention_mask` [B, S] is 0; every query sees itself at least."""
+def padding_mask(attention_mask: Tensor, past: int = 0, causal: bool = True) -> Tensor:
+    """[B, 1, T, S], or [B, 1, 1, S] if not causal, that hides keys where `attention_mask` [B, S] is 0.
+
+    Causal queries see themselves at least; a row of padding alone is no row.
+    """
     keys = attention_mask.bool()[:, None, None, :]
+    if not causal:
+        return keys
     size = attention_mask.shape[1]
     index = torch.arange(size, device=attention_mask.device)
     query = index[past:, None]

@@ -1,39 +1,53 @@
-"""What a model costs, in closed form: parameters by part, FLOPs a token, bytes of saved activations a block.
+"""What a model costs: parameters by part, FLOPs a token, bytes of saved activations a block.
 
-Pure arithmetic on a config; the tests hold it against real modules, Hugging Face's counts and torch's FLOP counter.
+Parameters are counted on the modules themselves, which take no memory on the meta device; the rest is arithmetic on a
+config. The tests hold it against Hugging Face's counts, torch's FLOP counter and what autograd saves.
 A multiplication and an addition are two FLOPs; element-wise work, norms and the softmax are not counted.
 Symbols: D width, F feed-forward width, L layers, H heads, K key heads, d head width, V vocabulary, T tokens.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import torch
+
+from shardwright.model.encoder import EncoderConfig
+from shardwright.model.families import build_model
 from shardwright.model.transformer import TransformerConfig
 
 
+#: Part of a parameter count -> what a component of a parameter's name may be; the first part that knows one has it.
+PARTS: dict[str, tuple[str, ...]] = {
+    "norms": ("norm", "attention_norm", "mlp_norm", "q_norm", "k_norm", "final_norm"),
+    "tokens": ("tokens",),
+    "positions": ("positions", "token_types"),
+    "attention": ("attention",),
+    "mlp": ("mlp",),
+    "head": ("head",),
+}
+
+
 def num_parameters(config: TransformerConfig) -> dict[str, int]:
-    """Parameters by part: tokens, positions, attention, mlp, norms, head (0 where tied), and their total."""
-    c = config
-    inner = (c.heads + 2 * c.num_kv_heads) * c.head_width
-    attention = c.width * inner + c.qkv_bias * inner + c.heads * c.head_width * c.width + c.out_bias * c.width
-    matrices = 3 if c.gated else 2
-    mlp = matrices * c.width * c.hidden_width + c.mlp_bias * ((matrices - 1) * c.hidden_width + c.width)
-    parts = {
-        "tokens": c.vocab_size * c.width,
-        "positions": c.max_length * c.width if c.positions == "learned" else 0,
-        "attention": c.layers * attention,
-        "mlp": c.layers * mlp,
-        "norms": _num_norm_parameters(c),
-        "head": (not c.tied) * c.vocab_size * c.width + c.head_bias * c.vocab_size,
-    }
+    """Parameters by part (the head's own alone: 0 where it is the token embedding), and their total."""
+    parts = dict.fromkeys(PARTS, 0)
+    for name, shape in parameter_shapes(config).items():
+        components = set(name.split("."))
+        part = next(part for part, words in PARTS.items() if components.intersection(words))
+        parts[part] += math.prod(shape)
     return {**parts, "total": sum(parts.values())}
 
 
-def _num_norm_parameters(c: TransformerConfig) -> int:
-    wide = 2 * c.layers + (c.norm_placement == "pre") + c.embed_norm
-    vectors = c.norm_weight * (2 if c.norm == "layer" and c.norm_bias else 1)
-    return wide * vectors * c.width + c.qk_norm * 2 * c.layers * c.head_width
+def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter in the model's order, from its modules on the meta device."""
+    with torch.device("meta"):
+        one = build_model(config.model_copy(update={"layers": 1}))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in one.named_parameters():
+        blocks = range(config.layers) if name.startswith("blocks.0.") else (0,)
+        shapes |= {name.replace("blocks.0.", f"blocks.{n}.", 1): tuple(parameter.shape) for n in blocks}
+    return shapes
 
 
 class Flops(NamedTuple):
@@ -54,22 +68,36 @@ class Flops(NamedTuple):
         return self.model + self.recompute
 
 
-def num_flops(config: TransformerConfig, length: int, *, causal: bool = True, recomputed: int = 0) -> Flops:
+def num_flops(
+    config: TransformerConfig, length: int, *, causal: bool | None = None, recomputed: int = 0, predicted: float = 1.0
+) -> Flops:
     """FLOPs a token at sequences of `length` tokens, `recomputed` blocks being run twice.
 
     Forward: 2 x (matrix weights of the blocks) + 2 D V for the head + L x attention, where attention is
     2 products x 2 x H d x (keys a query sees): T in full, (T + 1) / 2 on average when the causal half alone
-    is counted. Backward is twice the forward. Embedding look-ups are free. (Kaplan et al. 2020, Chowdhery
-    et al. 2022: 6 N + 12 L H d T is this in full.)
+    is counted (by default where the model is causal). The head and its transform see the share `predicted` of the
+    tokens. Backward is twice the forward. Embedding look-ups are free. (Kaplan et al. 2020, Chowdhery et al. 2022:
+    6 N + 12 L H d T is this in full.)
     """
     c = config
+    causal = c.causal if causal is None else causal
     inner = c.heads * c.head_width
     matrices = c.width * (2 * inner + 2 * c.num_kv_heads * c.head_width)
     matrices += (3 if c.gated else 2) * c.width * c.hidden_width
     keys = (length + 1) / 2 if causal else length
     block = 2.0 * matrices + 4.0 * inner * keys
-    forward = c.layers * block + 2.0 * c.width * c.vocab_size
+    forward = c.layers * block + _head_flops(c, length, predicted)
     return Flops(forward, 2 * forward, recomputed * block)
+
+
+def _head_flops(c: TransformerConfig, length: int, predicted: float) -> float:
+    """Of the heads, a token: that of tokens on the share `predicted`, that of pairs once a sequence."""
+    tokens = 2.0 * c.width * c.vocab_size
+    if not isinstance(c, EncoderConfig):
+        return predicted * tokens
+    transform = 2.0 * c.width * c.width * c.head_transform
+    pairs = 2.0 * c.width * (c.width + 2) * c.sentence_head
+    return predicted * (tokens + transform) + pairs / length
 
 
 def activation_bytes(config: TransformerConfig, tokens: int, *, value_bytes: int, recomputed: bool = False) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardwright.model import gpt2, gpt3, llama
+from shardwright.model import bert, gpt2, gpt3, llama, roberta
 from shardwright.model.family import Family
 from shardwright.model.transformer import LanguageModel, TransformerConfig
 
@@ -10,6 +10,8 @@ FAMILIES: dict[str, Family] = {
     "gpt2": gpt2.FAMILY,
     "gpt3": gpt3.FAMILY,
     "llama": llama.FAMILY,
+    "bert": bert.FAMILY,
+    "roberta": roberta.FAMILY,
 }
 
 

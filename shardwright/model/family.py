@@ -24,12 +24,19 @@ class TensorRule:
     transpose: bool = False
 
 
+def weight_and_bias(theirs: str, ours: str) -> tuple[TensorRule, TensorRule]:
+    """The two tensors of a linear layer or norm; a rule for one that a model lacks falls away."""
+    return TensorRule(f"{theirs}.weight", (f"{ours}.weight",)), TensorRule(f"{theirs}.bias", (f"{ours}.bias",))
+
+
 @dataclass(frozen=True)
 class HuggingFaceMap:
     """How a family is written in Hugging Face's names.
 
-    architecture, model_type: what config.json says.
+    architecture, model_type: what config.json says. variants: other architectures of the same type, each with our
+    fields that it stands for; where it names some, `architecture` is among them.
     fields: our config field -> their keys (a dot goes into a section); all are written, the first found is read.
+    shifts: our config field -> how much greater theirs is.
     values: our config field -> (their key, {our value: their value}).
     ours: config fields of ours that their format cannot say otherwise.
     theirs: their keys that must have these values, or be absent.
@@ -42,6 +49,8 @@ class HuggingFaceMap:
     model_type: str
     fields: Mapping[str, tuple[str, ...]]
     tensors: tuple[TensorRule, ...]
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    shifts: Mapping[str, int] = field(default_factory=dict)
     values: Mapping[str, tuple[str, Mapping[Any, Any]]] = field(default_factory=dict)
     ours: Mapping[str, Any] = field(default_factory=dict)
     theirs: Mapping[str, Any] = field(default_factory=dict)

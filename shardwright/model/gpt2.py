@@ -48,6 +48,7 @@ HUGGINGFACE = HuggingFaceMap(
         "kv_heads": None,
         "head_dim": None,
         "positions": "learned",
+        "position_offset": 0,
         "norm": "layer",
         "norm_weight": True,
         "norm_bias": True,

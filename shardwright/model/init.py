@@ -19,13 +19,18 @@ from shardwright.model.transformer import TransformerConfig
 # (config, last part of the name such as "q" or "tokens", shape) -> standard deviation.
 Scheme = Callable[[TransformerConfig, str, torch.Size], float]
 
-EMBEDDINGS = ("tokens", "positions")
+EMBEDDINGS = ("tokens", "positions", "token_types")
 RESIDUAL = ("out", "down")  # what adds to the residual stream
 
 
 def _gpt2(config: TransformerConfig, part: str, shape: torch.Size) -> float:
     """N(0, 0.02), what enters the residual stream divided by sqrt(2 layers) (Radford et al. 2019)."""
     return config.init_std / (math.sqrt(2 * config.layers) if part in RESIDUAL else 1.0)
+
+
+def _bert(config: TransformerConfig, part: str, shape: torch.Size) -> float:
+    """N(0, 0.02) throughout (Devlin et al. 2019)."""
+    return config.init_std
 
 
 def _xavier(config: TransformerConfig, part: str, shape: torch.Size) -> float:
@@ -62,6 +67,7 @@ def _fan_in(config: TransformerConfig, part: str, shape: torch.Size) -> float:
 
 SCHEMES: dict[str, Scheme] = {
     "gpt2": _gpt2,
+    "bert": _bert,
     "xavier": _xavier,
     "he": _he,
     "t5": _t5,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from shardwright.config import meaning
-from shardwright.model.family import Family, HuggingFaceMap, TensorRule
+from shardwright.model.family import Family, HuggingFaceMap, TensorRule, weight_and_bias
 from shardwright.model.transformer import ActivationName, LanguageModel, TransformerConfig
 
 
@@ -52,10 +52,7 @@ class LlamaConfig(TransformerConfig):
 
 def _layer(theirs: str, ours: str) -> tuple[TensorRule, TensorRule]:
     """Weight and, where there is one, bias of a part of a layer."""
-    return (
-        TensorRule(f"model.layers.{{n}}.{theirs}.weight", (f"blocks.{{n}}.{ours}.weight",)),
-        TensorRule(f"model.layers.{{n}}.{theirs}.bias", (f"blocks.{{n}}.{ours}.bias",)),
-    )
+    return weight_and_bias(f"model.layers.{{n}}.{theirs}", f"blocks.{{n}}.{ours}")
 
 
 HUGGINGFACE = HuggingFaceMap(

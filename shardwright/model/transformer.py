@@ -1,7 +1,7 @@
-"""The decoder language model: embedding, a stack of blocks, a head, assembled from one typed config.
+"""One stack of blocks with an embedding below and a head above, assembled from one typed config: the decoders.
 
 Stands on the other files of the model room; a family (gpt2.py, llama.py, ...) is a set of defaults for
-`TransformerConfig`. What a forward pass needs beyond the activations is built once and handed to each block
+`TransformerConfig`; encoder.py adds what encoders have beyond it. What a forward pass needs beyond the activations is built once and handed to each block
 as a `Context` of tensors, so that all blocks are one compiled graph and no block reads the host.
 Shapes: B batch, T tokens, D width, V vocabulary, S keys (T, or more with a cache).
 """
@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, D width, V vocabulary, S keys (T, or more with a cach
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ class TransformerConfig(ModelConfig):
     """Shape and choices of a Transformer stack; a family gives its own defaults and sizes."""
 
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: Whether no token sees a later one.
+    causal: ClassVar[bool] = True
 
     size: str | None = meaning(None, "A published size of the family; fields given beside it win")
     layers: int = meaning(12, "Blocks", ge=1)
@@ -38,6 +41,7 @@ class TransformerConfig(ModelConfig):
     head_dim: int | None = meaning(None, "Width of a head; null is width / heads", ge=1)
     mlp_width: int | None = meaning(None, "Feed-forward width; null is 4 x width, or 8/3 rounded up if gated", ge=1)
     max_length: int = meaning(1024, "Longest sequence", ge=1)
+    position_offset: int = meaning(0, "Rows of the learned positions that come before the first one's", ge=0)
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = meaning("learned", "How positions enter")
     rope_theta: float = meaning(10000.0, "Base of the rotary angles", gt=0)
     norm: Literal["layer", "rms"] = meaning("layer", "Kind of norm")
@@ -58,8 +62,8 @@ class TransformerConfig(ModelConfig):
     embed_dropout: float = meaning(0.0, "Dropout after the embedding", ge=0, lt=1)
     residual_dropout: float = meaning(0.0, "Dropout of what attention and feed-forward add", ge=0, lt=1)
     attention_dropout: float = meaning(0.0, "Dropout of attention probabilities; not layout-independent", ge=0, lt=1)
-    init: Literal["gpt2", "xavier", "he", "t5", "small", "fan_in"] = meaning("gpt2", "Initialisation")
-    init_std: float = meaning(0.02, "Standard deviation of the gpt2 initialisation", gt=0)
+    init: Literal["gpt2", "bert", "xavier", "he", "t5", "small", "fan_in"] = meaning("gpt2", "Initialisation")
+    init_std: float = meaning(0.02, "Standard deviation of the gpt2 and bert initialisations", gt=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -124,6 +128,7 @@ class Inputs(NamedTuple):
     row_index: Tensor | None = None  # [T] or [B, T] place in the row; default 0..T-1
     key_index: Tensor | None = None  # [B, S] place in the row of each key, where more keys are seen than input_ids has
     key_documents: Tensor | None = None  # [B, S] `documents` of those keys
+    token_types: Tensor | None = None  # [B, T] int64, which segment of a pair a token is of; default 0
 
 
 class Context(NamedTuple):
@@ -136,6 +141,7 @@ class Context(NamedTuple):
     sin: Tensor | None = None
     token_keys: Tensor | None = None  # [B, T] int64, where dropout is on
     layer_keys: Tensor | None = None  # [layers + 1] int64; a block is handed its own, so this is None there
+    token_types: Tensor | None = None  # [B, T] int64, of the residual stream as position_ids are
 
 
 class Embed(nn.Module):
@@ -145,19 +151,24 @@ class Embed(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(config.vocab_size, config.width)
         learned = config.positions == "learned"
-        self.positions = nn.Embedding(config.max_length, config.width) if learned else None
+        rows = config.max_length + config.position_offset
+        self.positions = nn.Embedding(rows, config.width) if learned else None
+        self.offset = config.position_offset
         self.sinusoidal = config.positions == "sinusoidal"
         self.scale = math.sqrt(config.width) if config.scale_embedding else 1.0
-        self.norm = _build_norm(config) if config.embed_norm else None
+        self.norm = build_stack_norm(config) if config.embed_norm else None
         self.dropout = Dropout(config.embed_dropout, site=0)
+
+    def look_up(self, input_ids: Tensor, context: Context) -> Tensor:
+        """ids [B, T] -> vectors [B, T, D] of the tokens alone."""
+        x = self.tokens(input_ids)
+        return x if self.scale == 1.0 else x * self.scale
 
     def forward(self, input_ids: Tensor, context: Context, layer_key: Tensor | None = None) -> Tensor:
         """ids [B, T] -> [B, T, D]."""
-        x = self.tokens(input_ids)
-        if self.scale != 1.0:
-            x = x * self.scale
+        x = self.look_up(input_ids, context)
         if self.positions is not None:
-            x = x + self.positions(context.position_ids)
+            x = x + self.positions(context.position_ids + self.offset)
         if self.sinusoidal:
             x = x + position.sinusoidal(context.position_ids, x.shape[-1]).to(x.dtype)
         if self.norm is not None:
@@ -170,7 +181,7 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = _build_norm(config)
+        self.attention_norm = build_stack_norm(config)
         self.attention = Attention(
             config.width,
             config.heads,
@@ -182,7 +193,7 @@ class Block(nn.Module):
             norm_eps=config.norm_eps,
             dropout=config.attention_dropout,
         )
-        self.mlp_norm = _build_norm(config)
+        self.mlp_norm = build_stack_norm(config)
         self.mlp = MLP(config.width, config.hidden_width, config.activation, bias=config.mlp_bias)
         self.attention_dropout = Dropout(config.residual_dropout, site=1)
         self.mlp_dropout = Dropout(config.residual_dropout, site=2)
@@ -216,7 +227,7 @@ class PostNormBlock(Block):
 
 
 class LanguageModel(nn.Module):
-    """A decoder with a language-model head. A part of it has the other modules set to None."""
+    """A stack with a language-model head. A part of it has the other modules set to None."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -224,12 +235,19 @@ class LanguageModel(nn.Module):
             raise ValueError("model.vocab_size=0: fill in the tokenizer's size before the model is built")
         self.config = config
         block = Block if config.norm_placement == "pre" else PostNormBlock
-        self.embed: Embed | None = Embed(config)
+        self.embed: Embed | None = self.build_embed(config)
         self.blocks = nn.ModuleDict({str(n): block(config) for n in range(config.layers)})
         # A post-norm stack ends in a norm already.
-        self.final_norm: nn.Module | None = _build_norm(config) if config.norm_placement == "pre" else None
-        free = not config.tied or config.head_bias
-        self.head: Head | None = Head(config) if free else None
+        self.final_norm: nn.Module | None = build_stack_norm(config) if config.norm_placement == "pre" else None
+        self.head: Head | None = self.build_head(config)
+
+    def build_embed(self, config: Any) -> Embed:
+        """What makes vectors of ids."""
+        return Embed(config)
+
+    def build_head(self, config: Any) -> Head | None:
+        """What the head has of its own, None where that is nothing."""
+        return Head(config) if not config.tied or config.head_bias else None
 
     def layers(self) -> list[tuple[str, nn.Module]]:
         """The parts in the order of the forward pass, by name; a slice of them is a model that goes on from another."""
@@ -245,11 +263,11 @@ class LanguageModel(nn.Module):
         if index is None:
             index = torch.arange(past, past + ids.shape[1], device=ids.device)
         positions = torch.atleast_2d(index) if inputs.position_ids is None else inputs.position_ids
-        mask, causal = _build_mask(inputs, past)
+        mask, causal = build_mask(inputs, past, self.config.causal)
         cos, sin = None, None
         if self.config.positions == "rotary":
             cos, sin = position.rotary(positions, self.config.head_width, self.config.rope_theta)
-        context = Context(positions, mask, causal, cos, sin)
+        context = Context(positions, mask, causal, cos, sin, token_types=inputs.token_types)
         if not (self.training and self.config.has_dropout):
             return context
         sequence = inputs.sequence
@@ -287,8 +305,19 @@ class LanguageModel(nn.Module):
         """[V], or None."""
         return None if self.head is None else self.head.bias
 
+    @property
+    def transform(self) -> Callable[[Tensor], Tensor] | None:
+        """[..., D] -> [..., D] before the product with the head's weight; None where there is nothing."""
+        return None if self.head is None else self.head.transform
+
+    def other_heads(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What else is told from hidden states [..., D], by name: logits of the kinds that it tells apart."""
+        return {}
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V], soft-capped where the config says so."""
+        if self.transform is not None:
+            hidden = self.transform(hidden)
         logits = F.linear(hidden, self.head_weight, self.head_bias)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -314,26 +343,30 @@ class Head(nn.Module):
         shape = (config.vocab_size, config.width)
         self.weight = None if config.tied else nn.Parameter(torch.empty(shape).normal_(std=0.02))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
+        self.transform: nn.Module | None = None
 
 
-def _build_norm(config: TransformerConfig) -> nn.Module:
+def build_stack_norm(config: TransformerConfig) -> nn.Module:
+    """A norm of the residual stream."""
     return build_norm(config.norm, config.width, eps=config.norm_eps, weight=config.norm_weight, bias=config.norm_bias)
 
 
-def _build_mask(inputs: Inputs, past: int) -> tuple[Tensor | None, bool]:
-    """(mask, causal): no mask where the kernel's own causal rule is enough."""
+def build_mask(inputs: Inputs, past: int, causal: bool) -> tuple[Tensor | None, bool]:
+    """(mask, causal): no mask where the kernel's own rule is enough."""
     length = inputs.input_ids.shape[1]
     if inputs.key_index is not None:
         assert past == 0, "keys of other places and a cache do not go together"
         assert inputs.row_index is not None, "key_index needs row_index beside it"
         assert inputs.attention_mask is None, "padding and keys of other places do not go together"
-        return row_mask(inputs.row_index, inputs.key_index, inputs.documents, inputs.key_documents), True
+        return row_mask(inputs.row_index, inputs.key_index, inputs.documents, inputs.key_documents, causal), causal
     if inputs.documents is not None:
         assert past == 0, "packed documents and a cache do not go together"
-        mask = document_mask(inputs.documents)
-        return (mask if inputs.attention_mask is None else mask & padding_mask(inputs.attention_mask)), True
+        mask = document_mask(inputs.documents, causal)
+        return (
+            mask if inputs.attention_mask is None else mask & padding_mask(inputs.attention_mask, 0, causal)
+        ), causal
     if inputs.attention_mask is not None:
-        return padding_mask(inputs.attention_mask, past), True
+        return padding_mask(inputs.attention_mask, past, causal), causal
     if past and length > 1:
         return padding_mask(inputs.input_ids.new_ones(1, past + length), past), True
-    return None, past == 0
+    return None, causal and past == 0

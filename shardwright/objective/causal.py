@@ -11,7 +11,8 @@ from typing import Literal
 from torch import Tensor
 
 from shardwright.config import ObjectiveConfig, meaning
-from shardwright.objective.cross_entropy import KERNEL, Head, Kernel, linear_cross_entropy
+from shardwright.objective.cross_entropy import KERNEL, Kernel, linear_cross_entropy
+from shardwright.objective.heads import Heads
 
 
 class CausalConfig(ObjectiveConfig):
@@ -47,8 +48,9 @@ class Causal:
         return {"lm": batch["weights"].sum()}
 
     def loss(
-        self, hidden: Tensor, head: Head, batch: Mapping[str, Tensor], scales: Mapping[str, Tensor] | None = None
+        self, hidden: Tensor, heads: Heads, batch: Mapping[str, Tensor], scales: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """Sum of each term: hidden [B,T,D] -> {"lm": scalar}; `scales`: the gradient each sum is going to get."""
         scale = None if scales is None else scales["lm"]
+        head, hidden = heads.vocabulary, heads.transformed(hidden)
         return {"lm": linear_cross_entropy(hidden, head, batch["labels"], batch["weights"], scale, self.kernel)}

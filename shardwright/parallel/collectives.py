@@ -39,6 +39,11 @@ def sum_gradients(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _SumGradients.apply(x, group)
 
 
+def share_gradient(x: Tensor, ranks: int) -> Tensor:
+    """`x` itself, of any shape, where `ranks` compute the same from it and their gradients are summed further down."""
+    return _ShareGradient.apply(x, ranks)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
@@ -80,6 +85,17 @@ class _SumGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         return _sum(outer[0], ctx.group), None
+
+
+class _ShareGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        return outer[0] / ctx.ranks, None
 
 
 def _gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:

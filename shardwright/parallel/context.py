@@ -38,16 +38,17 @@ class ContextRows:
         edges = [number * length // (2 * size) for number in range(2 * size + 1)]
         self.spans = [(edges[chunk], edges[chunk + 1]) for chunk in own_chunks(size, index)]
         self.rows = torch.cat([torch.arange(*span) for span in self.spans])
+        self.own_places = torch.full((length,), -1).index_copy_(0, self.rows, torch.arange(len(self.rows)))
         # The place in the row of each key that attention is given: ContextCore puts them back in their order.
         self.order = torch.arange(length)
 
     def slice(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Own rows of a batch of whole sequences ([B, T] each; [B] ones stay), and where queries and keys stand.
 
-        Adds `row_index` [B, T/c] and, with `keys`, `key_index` [B, T] and, of documents, `key_documents` [B, T].
+        What belongs to `places` in the row stays whole, with weights of zero where another rank has the place. Adds `row_index` [B, T/c] and, with `keys`, `key_index` [B, T] and, of documents, `key_documents` [B, T].
         """
-        own = {name: self._own(name, tensor) for name, tensor in batch.items()}
-        ids = batch["input_ids"]
+        ids, placed = batch["input_ids"], self._placed(batch)
+        own = {name: self._own(name, tensor) for name, tensor in batch.items() if name not in placed} | placed
         own["row_index"] = self.rows.to(ids.device).expand(ids.shape[0], -1)
         if not self.keys:
             assert "documents" not in batch, "documents need to know where keys stand"
@@ -56,6 +57,16 @@ class ContextRows:
         if "documents" in batch:
             own["key_documents"] = batch["documents"]
         return own
+
+    def _placed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`places`, `labels` and `weights` [B, P] of every term that has places, counted in own rows."""
+        found: dict[str, Tensor] = {}
+        for term in [name.removesuffix("places") for name in batch if name.endswith("places")]:
+            places = self.own_places.to(batch[f"{term}places"].device)[batch[f"{term}places"]]
+            here = places >= 0
+            found |= {f"{term}places": places.clamp(min=0), f"{term}weights": batch[f"{term}weights"] * here}
+            found[f"{term}labels"] = batch[f"{term}labels"]
+        return found
 
     def _own(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.dim() < 2:

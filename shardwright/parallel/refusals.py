@@ -39,6 +39,7 @@ class Facts:
     mlp_width: int
     vocab_size: int  # 0 where it is not known yet
     attention_dropout: float = 0.0
+    causal: bool = True
     # The batches. `batches` holds the sequences of a step at every level of a ramp.
     length: int
     batches: tuple[int, ...]
@@ -213,6 +214,8 @@ def _ring(f: Facts) -> str | None:
     remedy = "or use parallel.ring=false"
     if f.device == "cpu":
         return "parallel.ring: torch's ring attention has GPU kernels alone; use parallel.ring=false"
+    if not f.causal:
+        return "parallel.ring: the order of its rows suits causal attention alone; use parallel.ring=false"
     if f.masked:
         return f"parallel.ring: torch's ring attention takes no document mask; use data.mask_documents=false {remedy}"
     if f.attention_dropout:

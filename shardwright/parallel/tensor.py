@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from shardwright.parallel.collectives import gather, scatter_sum, sum_gradients, sum_parts
+from shardwright.parallel.collectives import gather, scatter_sum, share_gradient, sum_gradients, sum_parts
 
 _TOKENS = 1  # the dim of [B, T, D] that sequence parallelism cuts
 
@@ -74,8 +74,8 @@ class Style(nn.Module):
     needs: ClassVar[tuple[str, ...]] = ()
     #: Whether the parts must be equal.
     even: ClassVar[bool] = False
-    #: Whether gradients of replicated parameters are partial sums also without sequence parallelism.
-    partial: ClassVar[bool] = False
+    #: Whether gradients of replicated parameters are partial sums: always, never, or under sequence parallelism.
+    partial: ClassVar[bool | None] = None
     #: The module's own class.
     base: ClassVar[type[nn.Module]]
     axis: Axis
@@ -85,12 +85,16 @@ class Style(nn.Module):
         """Where parameter `name` lies."""
         return Shard(cls.dims[name]) if name in cls.dims else Replicate()
 
+    @classmethod
+    def is_partial(cls, name: str, sequence: bool) -> bool:
+        """Whether the gradient of parameter `name` comes as a partial sum over the axis."""
+        return name not in cls.dims and (sequence if cls.partial is None else cls.partial)
+
     def held(self) -> dict[str, Tensor | None]:
         """The local parts of the module's parameters; their gradients go back as DTensors."""
         parts: dict[str, Tensor | None] = {}
         for name, parameter in self._parameters.items():
-            summed = name in self.dims or not (self.partial or self.axis.sequence)
-            gradient = self.placement(name) if summed else Partial()
+            gradient = Partial() if self.is_partial(name, self.axis.sequence) else self.placement(name)
             assert parameter is None or isinstance(parameter, DTensor)
             parts[name] = None if parameter is None else parameter.to_local(grad_placements=[gradient])
         return parts
@@ -111,6 +115,18 @@ class PerHead(Style):
     """Norms of single heads: replicated, but each rank sees its own heads only."""
 
     partial = True
+
+
+class BeforeHead(Style):
+    """Between the whole hidden states and a head of which each rank has some rows: replicated."""
+
+    partial = True
+
+
+class Alike(Style):
+    """What every rank computes alike from the whole hidden states: replicated, with whole gradients."""
+
+    partial = False
 
 
 class Column(Style):
@@ -156,7 +172,7 @@ class Tokens(Style):
 
 
 class HeadRows(Style):
-    """The head's own weight and bias by vocabulary; the loss is computed from the rows held (`localize_head`)."""
+    """The head's own weight and bias by vocabulary; the loss is computed from the rows held (`localize_heads`)."""
 
     dims = {"weight": 0, "bias": 0}
 
@@ -170,7 +186,7 @@ class Region(Style):
 
 
 class Rule(NamedTuple):
-    """Modules by logical name (`*` is any layer) and their style; a name that is None in a model is passed over."""
+    """Modules by logical name (`*` is any layer) and their style; families that have no such module pass it over."""
 
     pattern: str
     style: type[Style]
@@ -179,6 +195,7 @@ class Rule(NamedTuple):
 PLAN: tuple[Rule, ...] = (
     Rule("embed.tokens", Tokens),
     Rule("embed.positions", Stream),
+    Rule("embed.token_types", Stream),
     Rule("embed.norm", Stream),
     Rule("blocks.*.attention_norm", Stream),
     Rule("blocks.*.attention", Region),
@@ -195,6 +212,10 @@ PLAN: tuple[Rule, ...] = (
     Rule("blocks.*.mlp.down", Row),
     Rule("final_norm", Stream),
     Rule("head", HeadRows),
+    Rule("head.transform.dense", BeforeHead),
+    Rule("head.transform.norm", BeforeHead),
+    Rule("head.sentence.pooler", Alike),
+    Rule("head.sentence.classifier", Alike),
 )
 
 
@@ -202,8 +223,7 @@ def apply_tensor(model: nn.Module, mesh: DeviceMesh, *, sequence: bool) -> None:
     """Spread a LanguageModel, or the part of it that a pipeline stage has, over the 1-D tensor mesh, in place.
 
     Parameters may be on the meta device. With `sequence`, activations between the blocks are [B, T/t, D].
-    ValueError where the sizes do not fit, the plan names a module that is not there, or a parameter stays out of it;
-    the model is then unchanged.
+    ValueError where the sizes do not fit, or a parameter stays out of the plan; the model is then unchanged.
     """
     assert mesh.ndim == 1, "the tensor axis alone"
     reasons = check_tensor(model.config, mesh.size())
@@ -235,13 +255,10 @@ def _spread_class(style: type[Style], base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _matches(parent: nn.Module, pattern: str, path: str = "") -> Iterator[str]:
-    """Paths of the modules under `parent` that `pattern` names; ValueError where a parent does not know a name."""
+    """Paths of the modules under `parent` that `pattern` names; what a model does not have is passed over."""
     first, _, rest = pattern.partition(".")
     for name in [child for child, _ in parent.named_children()] if first == "*" else [first]:
-        if not hasattr(parent, name):
-            where = f"{path.rstrip('.') or 'the model'} ({type(parent).__name__})"
-            raise ValueError(f"tensor plan: {where} has no {name!r}, which the plan lists; mend PLAN or the module")
-        child = getattr(parent, name)
+        child = getattr(parent, name, None)
         if child is None:
             continue
         if rest:
@@ -276,8 +293,8 @@ def _own_context(build: Callable[..., Any], mesh: DeviceMesh, *args: Any, **kwar
     Attention sees all tokens: its mask and rotary angles stay whole.
     """
     context = build(*args, **kwargs)
-    keys = None if context.token_keys is None else _own_tokens(context.token_keys, mesh)
-    return context._replace(position_ids=_own_tokens(context.position_ids, mesh), token_keys=keys)
+    of_tokens = {name: getattr(context, name) for name in ("position_ids", "token_keys", "token_types")}
+    return context._replace(**{name: x if x is None else _own_tokens(x, mesh) for name, x in of_tokens.items()})
 
 
 def _own_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -313,20 +330,28 @@ class Vocabulary:
         return x
 
 
-def localize_head(hidden: Tensor, head: Any, mesh: DeviceMesh, sequence: bool) -> tuple[Tensor, Any]:
-    """What this rank computes the loss with: hidden [B, T/t or T, D] whole, and its own rows of the head.
+def localize_heads(hidden: Tensor, heads: Any, mesh: DeviceMesh, sequence: bool) -> tuple[Tensor, Any]:
+    """What this rank computes the loss with: hidden [B, T/t or T, D] whole, and its own rows of the vocabulary's head.
 
-    `head` is a NamedTuple with weight [V, D] and bias [V] or None (DTensors) and a field `vocabulary`, which is set.
+    `heads` is a NamedTuple: `vocabulary`, a NamedTuple with weight [V, D] and bias [V] or None (DTensors) and a field
+    `vocabulary`, which is set; `transform`, which stands before it; `others`, by name, which all ranks compute alike.
     The loss is then the same on every rank; the partial gradients of hidden that it returns are summed here.
     """
+    head = heads.vocabulary
     weight, bias = head.weight, head.bias
     assert isinstance(weight, DTensor), "the head is not spread: call apply_tensor first"
     rows = {
         "weight": weight.to_local(grad_placements=[Shard(0)]),
         "bias": None if bias is None else bias.to_local(grad_placements=[Shard(0)]),
     }
-    vocabulary = Vocabulary(first_row(weight.shape[0], mesh), mesh)
-    return enter(hidden, mesh, sequence), head._replace(**rows, vocabulary=vocabulary)
+    own = head._replace(**rows, vocabulary=Vocabulary(first_row(weight.shape[0], mesh), mesh))
+    others = {name: partial(_alike, other, mesh.size()) for name, other in heads.others.items()}
+    return enter(hidden, mesh, sequence), heads._replace(vocabulary=own, others=others)
+
+
+def _alike(head: Callable[[Tensor], Tensor], ranks: int, hidden: Tensor) -> Tensor:
+    """What `head` makes of whole hidden states on each of `ranks`, whose gradients are going to be summed."""
+    return head(share_gradient(hidden, ranks))
 
 
 def check_tensor(config: Any, degree: int, length: int | None = None) -> list[str]:

@@ -87,7 +87,8 @@ def late_progress(total: float, unit: str, description: str) -> Iterator[Callabl
 
 def fill_up(batches: Sequence[Batch], size: int) -> list[Batch]:
     """`size` batches: those given, then the last of them again with weights of zero."""
-    empty = {**batches[-1], "weights": torch.zeros_like(batches[-1]["weights"])}
+    last = batches[-1]
+    empty = {name: torch.zeros_like(x) if name.endswith("weights") else x for name, x in last.items()}
     return [*batches, *[empty] * (size - len(batches))]
 
 

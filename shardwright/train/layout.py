@@ -30,7 +30,7 @@ from shardwright.parallel.recompute import ROUNDING, apply_activation_offload, a
 from shardwright.parallel.refusals import Facts
 from shardwright.parallel.ring import Ring, apply_ring, check_device
 from shardwright.parallel.stages import SCHEDULES, keep_layers, layer_costs, split_layers, stage_indices
-from shardwright.parallel.tensor import apply_tensor, localize_head
+from shardwright.parallel.tensor import apply_tensor, localize_heads
 from shardwright.parallel.zero import ShardedMasters, TiedWeight, apply_zero
 from shardwright.train.optim.apex import apply_fused_norms, wants_apex
 from shardwright.train.stages import Cut, Loop, LossModel, Stages, whole
@@ -77,6 +77,7 @@ def build_facts(config: Config, size: int) -> Facts:
         mlp_width=model.hidden_width,  # type: ignore[attr-defined]
         vocab_size=model.vocab_size,
         attention_dropout=model.attention_dropout,  # type: ignore[attr-defined]
+        causal=model.causal,  # type: ignore[attr-defined]
         length=config.data.sequence_length,
         batches=(full,) if ramp is None else (*range(ramp.start, full, ramp.increment), full),
         micro=config.batch.micro,
@@ -155,7 +156,7 @@ def _spread(stage: LossModel, config: Config, world: World, ring: Ring | None) -
     model, parallel = stage.model, config.parallel
     if parallel.tensor > 1:
         apply_tensor(model, world.mesh["tensor"], sequence=parallel.sequence)
-        stage.localize = partial(localize_head, mesh=world.mesh["tensor"], sequence=parallel.sequence)
+        stage.localize = partial(localize_heads, mesh=world.mesh["tensor"], sequence=parallel.sequence)
     if ring is None:
         apply_context(model, world.mesh["context"])
     else:

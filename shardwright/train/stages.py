@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from shardwright.model.transformer import Inputs, LanguageModel
 from shardwright.objective.causal import Causal
 from shardwright.objective.cross_entropy import Head
+from shardwright.objective.heads import Heads
 from shardwright.parallel.mesh import World
 from shardwright.parallel.zero import begin_micro_batch, reshard, sharded_modules
 
@@ -40,8 +41,8 @@ class LossModel(nn.Module):
         self.number = torch.zeros((), dtype=torch.int64)
         self.scales: Mapping[str, Tensor] | None = None
         self.passes = 0  # begun since `begin`: where in the step this stage is
-        #: Turns hidden states and head into what this rank computes the loss with; a tensor axis puts its own here.
-        self.localize: Callable[[Tensor, Head], tuple[Tensor, Head]] = lambda hidden, head: (hidden, head)
+        #: Turns hidden states and heads into what this rank computes the loss with; a tensor axis puts its own here.
+        self.localize: Callable[[Tensor, Heads], tuple[Tensor, Heads]] = lambda hidden, heads: (hidden, heads)
 
     def begin(self, number: Tensor, scales: Mapping[str, Tensor] | None = None) -> None:
         """Before the passes of a step: its number (0-dim int64), which keys what is random, and the terms' scales."""
@@ -50,23 +51,14 @@ class LossModel(nn.Module):
     def forward(self, x: Tensor, **batch: Tensor) -> Tensor:
         """See the class."""
         self.passes += 1
-        inputs = Inputs(
-            input_ids=batch["input_ids"],
-            position_ids=batch.get("position_ids"),
-            documents=batch.get("documents"),
-            sequence=batch.get("sequence"),
-            step=self.number,
-            seed=self.seed,
-            row_index=batch.get("row_index"),
-            key_index=batch.get("key_index"),
-            key_documents=batch.get("key_documents"),
-        )
+        given = {name: batch[name] for name in Inputs._fields if name in batch}
+        inputs = Inputs(**given, step=self.number, seed=self.seed)
         hidden = self.model.hidden(inputs, None if self.first else x)
         if not self.last:
             return hidden
-        head = Head(self.model.head_weight, self.model.head_bias, self.model.config.logit_softcap)
-        hidden, head = self.localize(hidden, head)
-        sums = self.objective.loss(hidden, head, batch, self.scales)
+        vocabulary = Head(self.model.head_weight, self.model.head_bias, self.model.config.logit_softcap)
+        heads = Heads(vocabulary, self.model.transform, self.model.other_heads())
+        sums = self.objective.loss(*self.localize(hidden, heads), batch, self.scales)
         # Divided before it is scaled: a sum times 65,536 overflows fp16 at once.
         return torch.stack([sums[t] if self.scales is None else sums[t] * self.scales[t] for t in self.objective.terms])
 

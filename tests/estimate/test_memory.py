@@ -8,8 +8,8 @@ import torch
 from benchmarks.counting import Memory
 from shardwright.config import ConfigError, ParallelConfig
 from shardwright.estimate.memory import step_memory, zero_paper_bytes
-from shardwright.estimate.share import Layout, Place, Work, model_shapes, rank_share
-from shardwright.model.count import num_parameters
+from shardwright.estimate.share import Layout, Place, Work, rank_share
+from shardwright.model.count import num_parameters, parameter_shapes
 from shardwright.model.families import FAMILIES
 from tests.estimate.work_memory import track
 from tests.ranks import Ranks
@@ -123,7 +123,7 @@ def test_shapes_are_those_of_the_model(family: str) -> None:
     """Every parameter is in one group of one rank's share, and tensor ranks have all of it between them."""
     model = make_model(family, layers=3)
     total = num_parameters(model)["total"]
-    assert list(model_shapes(model))[:1] == ["embed.tokens.weight"]
+    assert list(parameter_shapes(model))[:1] == ["embed.tokens.weight"]
     (share,) = rank_share(model, Layout())
     assert sum(group.size for group in share.groups) == total
     assert len(share.blocks) == 3

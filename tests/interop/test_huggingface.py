@@ -23,6 +23,9 @@ CASES = {
     "llama-grouped": {"family": "llama", **SMALL, "kv_heads": 2, "rope_theta": 500000.0},
     "llama-single": {"family": "llama", **SMALL, "kv_heads": 1, "head_dim": 16, "tied": True},
     "llama-biased": {"family": "llama", **SMALL, "qkv_bias": True, "out_bias": True, "mlp_bias": True},
+    "bert": {"family": "bert", **SMALL},
+    "bert-masked": {"family": "bert", **SMALL, "sentence_head": False, "activation": "relu", "mlp_width": 80},
+    "roberta": {"family": "roberta", **SMALL, "norm_eps": 1e-6},
     "llama-geglu": {"family": "llama", **SMALL, "activation": "geglu"},
 }
 

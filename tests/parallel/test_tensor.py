@@ -161,8 +161,8 @@ def test_nothing_is_left_out_silently(ranks):
     for said in ranks.run(2, f"{WORK}:complaints"):
         assert said == {
             "add_parameter": "tensor plan: no rule covers blocks.1.gain; add one to PLAN",
-            "rename": "tensor plan: blocks.1.attention (Attention) has no 'q', which the plan lists; "
-            "mend PLAN or the module",
+            "rename": "tensor plan: no rule covers blocks.1.attention.query.weight, blocks.1.attention.query.bias; "
+            "add one to PLAN",
             "replace": "tensor plan: blocks.1.mlp.down has no parameter 'weight' to shard (Row)",
             "widen": "tensor plan: blocks.1.mlp.up.weight [129, 32] does not divide by 2",
             "odd_heads": "tensor=2: 3 query heads do not divide by 2; nearest that fits: tensor=1",

@@ -22,8 +22,9 @@ from shardwright.model.init import apply_init, initial_value
 from shardwright.model.llama import LlamaConfig
 from shardwright.model.transformer import Inputs, LanguageModel, TransformerConfig
 from shardwright.objective.cross_entropy import KERNEL, Head, linear_cross_entropy
+from shardwright.objective.heads import Heads
 from shardwright.parallel.recompute import apply_recompute
-from shardwright.parallel.tensor import apply_tensor, localize_head
+from shardwright.parallel.tensor import apply_tensor, localize_heads
 
 GPT2 = {"family": "gpt2", "vocab_size": 509, "layers": 2, "width": 32, "heads": 4, "max_length": 16}
 LLAMA = {**GPT2, "family": "llama", "kv_heads": 2, "mlp_width": 48}
@@ -72,9 +73,10 @@ class Loss(nn.Module):
     def forward(self, rows: dict[str, Tensor]) -> Tensor:
         names = ("input_ids", "position_ids", "documents", "sequence")
         hidden = self.model.hidden(Inputs(**{name: rows.get(name) for name in names}, step=3, seed=11))
-        head = Head(self.model.head_weight, self.model.head_bias, self.model.config.logit_softcap)
+        heads = Heads(Head(self.model.head_weight, self.model.head_bias, self.model.config.logit_softcap))
         if self.mesh is not None:
-            hidden, head = localize_head(hidden, head, self.mesh, self.sequence)
+            hidden, heads = localize_heads(hidden, heads, self.mesh, self.sequence)
+        head = heads.vocabulary
         if self.linear:
             return linear_in_logits(hidden, head) / self.count
         scale = 1 / self.count
@@ -261,9 +263,8 @@ def compare_stages(sequence: bool) -> tuple[float, tuple[int, ...]]:
         apply_tensor(stage, mesh, sequence=sequence)
     inputs = Inputs(**{n: rows[n] for n in ("input_ids", "position_ids", "documents", "sequence")}, step=3, seed=11)
     between = first.hidden(inputs)
-    head = Head(last.head_weight)
-    hidden, head = localize_head(last.hidden(inputs, between), head, mesh, sequence)
-    loss = linear_cross_entropy(hidden, head, rows["labels"], rows["weights"]) / rows["weights"].sum()
+    hidden, heads = localize_heads(last.hidden(inputs, between), Heads(Head(last.head_weight)), mesh, sequence)
+    loss = linear_cross_entropy(hidden, heads.vocabulary, rows["labels"], rows["weights"]) / rows["weights"].sum()
     return error(loss, expected), tuple(between.shape)
 
 
@@ -293,7 +294,8 @@ def held_rows(vocab_size: int) -> tuple[int, int]:
     mesh = build_mesh(1)["tensor"]
     model = build(build_config(**{**GPT2, "vocab_size": vocab_size}))
     apply_tensor(model, mesh, sequence=True)
-    _, head = localize_head(torch.zeros(1, 4, 32), Head(model.head_weight), mesh, True)
+    _, heads = localize_heads(torch.zeros(1, 4, 32), Heads(Head(model.head_weight)), mesh, True)
+    head = heads.vocabulary
     assert head.vocabulary is not None
     return head.vocabulary.start, head.weight.shape[0]
 
