@@ -7,6 +7,7 @@ Every tensor is accounted for: what is missing, unexpected or of another shape i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,39 +20,58 @@ from shardwright.model.transformer import TransformerConfig
 _ABSENT = object()
 
 
-def read_config(raw: Mapping[str, Any]) -> TransformerConfig:
-    """Our config from the content of a config.json, theirs where it is silent; ValueError where ours cannot say it."""
+def read_config(raw: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]] | None = None) -> TransformerConfig:
+    """Our config from the content of a config.json, theirs where it is silent; ValueError where ours cannot say it.
+
+    `beside`: by folder, the content of those of the models that ours holds as well (ELECTRA's generator).
+    """
     name, family = _find_family(raw.get("model_type"))
     table = _map_of(family)
+    fields = {"family": name, **_read_fields(table, raw)}
+    for folder, part in table.beside.items():
+        if beside is None or folder not in beside:
+            fields.update(part.absent)
+            continue
+        for field, value in _read_fields(part.map, beside[folder]).items():
+            if fields.setdefault(field, value) != value:
+                raise ValueError(f"{folder}/config.json: says {value!r} of what is {fields[field]!r} beside it ({field})")
+    return family.config.model_validate(fields)
+
+
+def _read_fields(table: HuggingFaceMap, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields from the content of one config.json."""
     raw = {**table.defaults, **raw}
     for key, expected in table.theirs.items():
         found = _get(raw, key)
         if found is not _ABSENT and found != expected:
             raise ValueError(f"config.json: {key}={found!r} is not supported here; expected {expected!r}")
-    fields: dict[str, Any] = {"family": name, **table.variants.get(_architecture(raw, table), {})}
+    fields: dict[str, Any] = dict(table.variants.get(_architecture(raw, table), {}))
     for field, keys in table.fields.items():
         found = next((v for v in (_get(raw, k) for k in keys) if v is not _ABSENT), _ABSENT)
         if found is not _ABSENT:
-            fields[field] = found - table.shifts[field] if field in table.shifts else found
+            fields[field] = int(found) - table.shifts[field] if field in table.shifts else found  # type: ignore[call-overload]
     for field, (key, values) in table.values.items():
         found = _get(raw, key)
         matches = [ours for ours, theirs in values.items() if theirs == found]
         if found is not _ABSENT and not matches:
             raise ValueError(f"config.json: {key}={found!r}: expected one of {', '.join(map(repr, values.values()))}")
         fields.update({field: matches[0]} if matches else {})
-    return family.config.model_validate(fields)
+    return fields
 
 
-def write_config(config: TransformerConfig) -> dict[str, Any]:
-    """The content of a config.json; ValueError where theirs cannot say what ours does."""
-    table = _map_of(FAMILIES[config.family])
+def write_config(config: TransformerConfig, folder: str = "") -> dict[str, Any]:
+    """The content of a config.json; ValueError where theirs cannot say what ours does.
+
+    `folder`: of a model that ours holds as well, see `folders_beside`.
+    """
+    table = _map_of(FAMILIES[config.family], folder)
     given = config.model_dump() | _reduced(config)
     for field, expected in table.ours.items():
         if given[field] != expected:
             raise ValueError(
                 f"model.{field}={given[field]!r}: {table.architecture} has {expected!r} and cannot say otherwise"
             )
-    filled = config.model_dump() | _filled(config)
+    filled = config.model_dump() | config.derived
     raw: dict[str, Any] = {"model_type": table.model_type, "architectures": [_architecture_of(table, filled)]}
     for field, keys in table.fields.items():
         value = filled[field] + table.shifts[field] if field in table.shifts else filled[field]
@@ -67,32 +87,73 @@ def write_config(config: TransformerConfig) -> dict[str, Any]:
     return raw
 
 
-def import_tensors(config: TransformerConfig, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Our (name, tensor) pairs from their tensors, in no particular dtype: each keeps its own."""
-    table, shapes = _map_of(FAMILIES[config.family]), _shapes(config)
-    rules = _expand(table, config.layers, shapes)
+def folders_beside(config: TransformerConfig) -> list[str]:
+    """Folders inside an exported one, of models of theirs that ours holds as well."""
+    beside = _map_of(FAMILIES[config.family]).beside.items()
+    return [folder for folder, part in beside if any(getattr(config, f) != v for f, v in part.absent.items())]
+
+
+def import_tensors(
+    config: TransformerConfig, theirs: Mapping[str, Tensor], beside: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Our (name, tensor) pairs from their tensors, in no particular dtype: each keeps its own.
+
+    `beside`: by folder, those of the models that ours holds as well. What several of them name is equal in all.
+    """
+    family, shapes = FAMILIES[config.family], _shapes(config)
+    sources = {"": theirs, **(beside or {})}
+    if missing := [folder for folder in folders_beside(config) if folder not in sources]:
+        raise ValueError(f"Hugging Face tensors do not fit the config: those of its {missing[0]} are missing")
+    _check_covered(config, shapes)
+    several: dict[str, Tensor] = {}
+    for folder, tensors in sources.items():
+        for name, tensor in _import(config, _map_of(family, folder), tensors, shapes):
+            if name in several and not torch.equal(several[name], tensor):
+                raise ValueError(f"{folder}: {name} differs from that beside it, but one is trained for both")
+            if name not in several:
+                yield name, tensor
+            if len(sources) > 1:
+                several[name] = tensor
+
+
+def _import(
+    config: TransformerConfig, table: HuggingFaceMap, theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, Tensor]]:
+    rules = _expand(table, shapes)
     names = _their_names(table, theirs)
     _check_names("Hugging Face tensors", {rule.theirs for rule in rules}, set(names), _optional(table, config))
     if config.tied:
         _check_tied(table, theirs, names)
     for rule in rules:
         tensor = theirs[names[rule.theirs]]
-        tensor = tensor.t() if rule.transpose else tensor
-        sizes = [shapes[name][0] for name in rule.ours]
-        expected = (sum(sizes), *shapes[rule.ours[0]][1:])
+        ours = _joined_shape(rule, shapes)
+        expected = ours if rule.shape is None else rule.shape(config)
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{rule.theirs}: has shape {tuple(tensor.shape)}, the config says {expected}")
+        tensor = tensor.reshape(ours)
+        tensor = tensor.t() if rule.transpose else tensor
+        sizes = [shapes[name][0] for name in rule.ours]
         for name, part in zip(rule.ours, tensor.split(sizes), strict=True):
             yield name, part.contiguous()
 
 
-def export_tensors(config: TransformerConfig, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _joined_shape(rule: TensorRule, shapes: Mapping[str, torch.Size]) -> tuple[int, ...]:
+    """Of our tensors, joined and transposed as the rule says."""
+    whole = (sum(shapes[name][0] for name in rule.ours), *shapes[rule.ours[0]][1:])
+    return whole[::-1] if rule.transpose else whole
+
+
+def export_tensors(
+    config: TransformerConfig, ours: Mapping[str, Tensor], folder: str = ""
+) -> Iterator[tuple[str, Tensor]]:
     """Their (name, tensor) pairs from our tensors, as their files have them: a tied head is not repeated."""
-    table, shapes = _map_of(FAMILIES[config.family]), _shapes(config)
+    table, shapes = _map_of(FAMILIES[config.family], folder), _shapes(config)
     _check_names("tensors", set(shapes), set(ours), set())
-    for rule in _expand(table, config.layers, shapes):
+    _check_covered(config, shapes)
+    for rule in _expand(table, shapes):
         tensor = torch.cat([ours[name] for name in rule.ours]) if len(rule.ours) > 1 else ours[rule.ours[0]]
-        yield rule.theirs, tensor.t().contiguous() if rule.transpose else tensor.contiguous()
+        tensor = tensor.t() if rule.transpose else tensor
+        yield rule.theirs, (tensor if rule.shape is None else tensor.reshape(rule.shape(config))).contiguous()
 
 
 def _find_family(model_type: Any) -> tuple[str, Family]:
@@ -115,10 +176,10 @@ def _architecture_of(table: HuggingFaceMap, given: Mapping[str, Any]) -> str:
     return table.architecture
 
 
-def _map_of(family: Family) -> HuggingFaceMap:
+def _map_of(family: Family, folder: str = "") -> HuggingFaceMap:
     if family.huggingface is None:
         raise ValueError("this model family has no Hugging Face counterpart")
-    return family.huggingface
+    return family.huggingface.beside[folder].map if folder else family.huggingface
 
 
 def _shapes(config: TransformerConfig) -> dict[str, torch.Size]:
@@ -126,18 +187,25 @@ def _shapes(config: TransformerConfig) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in build_model(config).named_parameters()}
 
 
-def _expand(table: HuggingFaceMap, layers: int, shapes: Mapping[str, torch.Size]) -> list[TensorRule]:
+def _expand(table: HuggingFaceMap, shapes: Mapping[str, torch.Size]) -> list[TensorRule]:
     """The rules of this model's tensors, layer by layer; a rule for a tensor that it lacks falls away."""
+    layers = 1 + max((int(part) for name in shapes for part in name.split(".") if part.isdigit()), default=0)
     rules = []
     for rule in table.tensors:
         for n in range(layers if "{n}" in rule.theirs else 1):
             ours = tuple(name.replace("{n}", str(n)) for name in rule.ours)
             if ours[0] in shapes:
-                rules.append(TensorRule(rule.theirs.replace("{n}", str(n)), ours, rule.transpose))
-    covered = {name for rule in rules for name in rule.ours}
+                rules.append(replace(rule, theirs=rule.theirs.replace("{n}", str(n)), ours=ours))
+    return rules
+
+
+def _check_covered(config: TransformerConfig, shapes: Mapping[str, torch.Size]) -> None:
+    """ValueError where their models have no place for one of our tensors."""
+    table = _map_of(FAMILIES[config.family])
+    tables = [table, *(part.map for part in table.beside.values())]
+    covered = {name for one in tables for rule in _expand(one, shapes) for name in rule.ours}
     if missing := sorted(set(shapes) - covered):
         raise ValueError(f"{missing[0]}: {table.architecture} has no place for it")
-    return rules
 
 
 def _their_names(table: HuggingFaceMap, theirs: Mapping[str, Tensor]) -> dict[str, str]:
@@ -170,11 +238,6 @@ def _reduced(config: TransformerConfig) -> dict[str, Any]:
     """Derived widths as null where they are what null means."""
     plain = config.num_kv_heads == config.heads, config.head_width * config.heads == config.width
     return {"kv_heads": None if plain[0] else config.kv_heads, "head_dim": None if plain[1] else config.head_dim}
-
-
-def _filled(config: TransformerConfig) -> dict[str, Any]:
-    """Derived widths as numbers."""
-    return {"kv_heads": config.num_kv_heads, "head_dim": config.head_width, "mlp_width": config.hidden_width}
 
 
 def _get(raw: Mapping[str, Any], key: str) -> Any:

@@ -16,12 +16,14 @@ from shardwright.model.transformer import LanguageModel, TransformerConfig
 class TensorRule:
     """One tensor of theirs is ours laid one after the other along dim 0, and transposed if so said.
 
-    `{n}` in a name stands for the number of a layer.
+    `{n}` in a name stands for the number of a layer. `shape`: theirs, by our config, where it has dims that ours joins
+    (after transposing).
     """
 
     theirs: str
     ours: tuple[str, ...]
     transpose: bool = False
+    shape: Callable[[Any], tuple[int, ...]] | None = None
 
 
 def weight_and_bias(theirs: str, ours: str) -> tuple[TensorRule, TensorRule]:
@@ -43,6 +45,7 @@ class HuggingFaceMap:
     defaults: what their keys are where a config.json leaves them out.
     tensors: every tensor. tied: their head and embedding, one tensor where the head is tied.
     prefix: what the names lack in checkpoints of the bare stack. ignored: endings of buffers that carry nothing.
+    beside: by folder inside theirs, what else of theirs our model holds.
     """
 
     architecture: str
@@ -58,6 +61,17 @@ class HuggingFaceMap:
     tied: tuple[str, str] = ("", "")
     prefix: str = ""
     ignored: tuple[str, ...] = ()
+    beside: Mapping[str, Beside] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A second model of theirs that is in ours as well, as ELECTRA's generator is: fields and tensors that both name are
+    equal in both. `absent`: our fields where there is no such folder.
+    """
+
+    map: HuggingFaceMap
+    absent: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

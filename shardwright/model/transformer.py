@@ -110,6 +110,16 @@ class TransformerConfig(ModelConfig):
         return ACTIVATIONS[self.activation].gated
 
     @property
+    def ties_stages(self) -> bool:
+        """Whether the last layer computes with a weight of the first one."""
+        return self.tied
+
+    @property
+    def derived(self) -> dict[str, Any]:
+        """Widths and counts that null leaves to be derived, as numbers."""
+        return {"kv_heads": self.num_kv_heads, "head_dim": self.head_width, "mlp_width": self.hidden_width}
+
+    @property
     def has_dropout(self) -> bool:
         """Whether a forward pass in training needs the keys of stateless dropout."""
         return self.embed_dropout > 0 or self.residual_dropout > 0

@@ -1,0 +1,327 @@
+"""ELECTRA (Clark et al. 2020): a small generator fills masked places, and an encoder tells which tokens it replaced.
+
+A line of families.py. Both read one embedding, whose width is its own and from which each projects to its width. The
+generator, its head included, belongs to the embedding: what replaces tokens stands before the stack that judges them,
+and a tied table never has two places. What trains it (loss and sampling) is the objective's; nothing here draws.
+As in the paper's code the whole embedding is shared, its norm too. Shapes: B batch, T tokens, E width of the
+embedding, D width, G width of the generator, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from shardwright.config import meaning
+from shardwright.model import bert
+from shardwright.model.attention import as_bias
+from shardwright.model.dropout import layer_keys
+from shardwright.model.encoder import Encoder, EncoderConfig, SegmentEmbed
+from shardwright.model.family import Beside, Family, HuggingFaceMap, TensorRule, weight_and_bias
+from shardwright.model.layers import ACTIVATIONS, Linear
+from shardwright.model.transformer import (
+    Block,
+    Context,
+    Embed,
+    Head,
+    Inputs,
+    PostNormBlock,
+    TransformerConfig,
+    build_stack_norm,
+)
+
+
+class ElectraConfig(EncoderConfig):
+    """BERT's choices for both stacks; the paper's sizes, with its generators (Clark et al. 2020, table 6)."""
+
+    SIZES: ClassVar[dict[str, dict[str, Any]]] = {
+        "small": {"layers": 12, "width": 256, "heads": 4, "embed_width": 128, "generator_width": 64},
+        "base": {"layers": 12, "width": 768, "heads": 12, "generator_width": 256},
+        "large": {"layers": 24, "width": 1024, "heads": 16, "generator_width": 256},
+    }
+
+    family: Literal["electra"] = meaning("electra", "Model family")
+    embed_width: int | None = meaning(None, "Width of the embedding; null is that of the stack", ge=1)
+    generator_layers: int | None = meaning(None, "Blocks of the generator; null is as many as the stack's, 0 none", ge=0)
+    generator_width: int | None = meaning(None, "Width of the generator; null is a quarter of the stack's", ge=1)
+    generator_heads: int | None = meaning(None, "Heads of the generator; null is one for every 64 channels", ge=1)
+    generator_mlp_width: int | None = meaning(None, "Feed-forward width of the generator; null is 4 x its width", ge=1)
+
+    @property
+    def table_width(self) -> int:
+        """Width of the embedding."""
+        return self.embed_width or self.width
+
+    @property
+    def ties_stages(self) -> bool:
+        """The generator's head is in the layer of its embedding; the stack's own head has no vocabulary."""
+        return False
+
+    @property
+    def generator(self) -> TransformerConfig:
+        """The shape of the generator's blocks."""
+        width = self.generator_width or self.width // 4
+        shape = {
+            "layers": self.layers if self.generator_layers is None else self.generator_layers,
+            "width": width,
+            "heads": self.generator_heads or max(1, width // 64),
+            "mlp_width": self.generator_mlp_width,
+            "kv_heads": None,
+            "head_dim": None,
+        }
+        return self.model_copy(update=shape)
+
+    @property
+    def derived(self) -> dict[str, Any]:
+        """Widths and counts that null leaves to be derived, as numbers."""
+        own = self.generator
+        found = {"layers": own.layers, "width": own.width, "heads": own.heads, "mlp_width": own.hidden_width}
+        generator = {f"generator_{name}": value for name, value in found.items()}
+        return {**super().derived, "embed_width": self.table_width, **generator}
+
+
+class GeneratorHead(Head):
+    """The generator's head on the tokens: norm(gelu(dense(x))) back to the embedding's width, its weight, and a bias."""
+
+    def __init__(self, config: ElectraConfig, table: TransformerConfig) -> None:
+        super().__init__(table)
+        self.transform = GeneratorTransform(config.generator.width, table)
+
+
+class GeneratorTransform(nn.Module):
+    """norm(gelu(dense(x)))."""
+
+    def __init__(self, width: int, table: TransformerConfig) -> None:
+        super().__init__()
+        self.dense = Linear(width, table.width)
+        self.function = ACTIVATIONS["gelu"].function  # whatever the blocks have
+        self.norm = build_stack_norm(table)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., G] -> [..., E]."""
+        return self.norm(self.function(self.dense(x)))
+
+
+class Generator(nn.Module):
+    """A narrow stack on the shared embedding, with a head on the tokens."""
+
+    def __init__(self, config: ElectraConfig, table: TransformerConfig) -> None:
+        super().__init__()
+        own = config.generator
+        self.project = build_projection(table.width, own.width)
+        block = Block if own.norm_placement == "pre" else PostNormBlock
+        self.blocks = nn.ModuleDict({str(n): block(own) for n in range(own.layers)})
+        self.final_norm = build_stack_norm(own) if own.norm_placement == "pre" else None
+        self.head = GeneratorHead(config, table)
+
+    def forward(self, x: Tensor, context: Context, keys: Tensor | None) -> Tensor:
+        """Embedded tokens [B, T, E] -> hidden states [B, T, G]; `keys` [layers] of its blocks' dropout."""
+        x = x if self.project is None else self.project(x)
+        for name, block in self.blocks.items():
+            x = block(x, context, None if keys is None else keys[int(name)], None)
+        return x if self.final_norm is None else self.final_norm(x)
+
+
+class ElectraEmbed(SegmentEmbed):
+    """The embedding that both stacks read, the projection to the width of the larger one, and the generator."""
+
+    def __init__(self, config: ElectraConfig) -> None:
+        table = config.model_copy(update={"width": config.table_width})
+        super().__init__(table)
+        self.project = build_projection(table.width, config.width)
+        self.generator = Generator(config, table) if config.generator.layers else None
+
+    def vectors(self, input_ids: Tensor, context: Context, layer_key: Tensor | None = None) -> Tensor:
+        """ids [B, T] -> [B, T, E]."""
+        return super().forward(input_ids, context, layer_key)
+
+    def forward(self, input_ids: Tensor, context: Context, layer_key: Tensor | None = None) -> Tensor:
+        """ids [B, T] -> [B, T, D]."""
+        x = self.vectors(input_ids, context, layer_key)
+        return x if self.project is None else self.project(x)
+
+
+def build_projection(inputs: int, outputs: int) -> Linear | None:
+    """From one width to another; nothing where they are the same."""
+    return None if inputs == outputs else Linear(inputs, outputs)
+
+
+class ReplacedHead(nn.Module):
+    """classifier(act(dense(x))): whether a token is another than the text's."""
+
+    def __init__(self, config: ElectraConfig) -> None:
+        super().__init__()
+        self.dense = Linear(config.width, config.width)
+        self.function = ACTIVATIONS[config.activation].function
+        self.classifier = Linear(config.width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> logits [...]; greater than 0 is replaced."""
+        return self.classifier(self.function(self.dense(x))).squeeze(-1)
+
+
+class ElectraHead(nn.Module):
+    """The stack's only head."""
+
+    def __init__(self, config: ElectraConfig) -> None:
+        super().__init__()
+        self.replaced = ReplacedHead(config)
+
+
+class Electra(Encoder):
+    """The encoder that is kept, with the generator that trains it inside its embedding."""
+
+    config: ElectraConfig
+    embed: ElectraEmbed | None
+    head: ElectraHead | None  # type: ignore[assignment]
+
+    def build_embed(self, config: Any) -> Embed:
+        """The shared embedding and the generator."""
+        return ElectraEmbed(config)
+
+    def build_head(self, config: Any) -> Any:
+        """On every token, whether it was replaced."""
+        return ElectraHead(config)
+
+    def other_heads(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """`replaced`: [..., D] -> [...]."""
+        return {} if self.head is None else {"replaced": self.head.replaced}
+
+    @property
+    def generator(self) -> Generator:
+        """What drafts; in the layer of the embedding."""
+        found = None if self.embed is None else self.embed.generator
+        assert found is not None, "no generator here: it is where the embedding is, unless generator_layers=0"
+        return found
+
+    def draft(self, inputs: Inputs) -> Tensor:
+        """The generator's hidden states [B, T, G], from inputs with masked tokens."""
+        generator, context = self.generator, self.context(inputs)
+        keys = self._draft_keys(context)
+        assert self.embed is not None
+        x = self.embed.vectors(inputs.input_ids, context, None if keys is None else keys[0])
+        if context.mask is not None and x.device.type == "cpu":
+            context = context._replace(mask=as_bias(context.mask, x.dtype))
+        return generator(x, context._replace(layer_keys=None), None if keys is None else keys[1:])
+
+    def _draft_keys(self, context: Context) -> Tensor | None:
+        """[1 + layers] keys of dropout, numbered after those of the stack, so that nothing is dropped alike in both."""
+        if context.layer_keys is None:
+            return None
+        own = 1 + self.config.layers
+        return layer_keys(own + self.config.generator.layers, context.layer_keys.device)[own:]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, E] of the generator's head, the token embedding's where tied."""
+        own = self.generator.head.weight
+        assert self.embed is not None
+        return self.embed.tokens.weight if own is None else own
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """[V] of the generator's head, or None."""
+        return self.generator.head.bias
+
+    @property
+    def transform(self) -> Callable[[Tensor], Tensor] | None:
+        """[..., G] -> [..., E] before the product with the generator's head."""
+        return self.generator.head.transform
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """`logits` [B, T] that a token was replaced, as Hugging Face's ElectraForPreTraining gives them."""
+        inputs = Inputs(input_ids, position_ids, documents, attention_mask, token_types=token_type_ids)
+        assert self.head is not None, "a part without the head has no logits"
+        return {"logits": self.head.replaced(self.hidden(inputs))}
+
+    def draft_logits(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, V] of the generator, as Hugging Face's ElectraForMaskedLM gives them."""
+        inputs = Inputs(input_ids, position_ids, documents, attention_mask, token_types=token_type_ids)
+        return self.logits(self.draft(inputs))
+
+
+#: What both of their models have in common.
+SHARED_FIELDS = {**bert.FIELDS, "max_length": ("max_position_embeddings",), "embed_width": ("embedding_size",)}
+GENERATOR_FIELDS = {
+    "generator_layers": ("num_hidden_layers",),
+    "generator_width": ("hidden_size",),
+    "generator_heads": ("num_attention_heads",),
+    "generator_mlp_width": ("intermediate_size",),
+}
+STACK_KEYS = {key for keys in GENERATOR_FIELDS.values() for key in keys}
+DEFAULTS = {
+    **bert.DEFAULTS,
+    "embedding_size": 128,
+    "hidden_size": 256,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+}
+THEIRS = {"is_decoder": False, "add_cross_attention": False}
+TABLE_RULES = tuple(
+    TensorRule(rule.theirs, rule.ours) for rule in bert.stack_rules("electra.") if ".embeddings." in rule.theirs
+)
+
+
+def block_rules(ours: str) -> tuple[TensorRule, ...]:
+    """BERT's blocks where ours are under `ours` ("embed.generator.")."""
+    rules = (rule for rule in bert.stack_rules("electra.") if ".layer.{n}." in rule.theirs)
+    return tuple(TensorRule(rule.theirs, tuple(f"{ours}{name}" for name in rule.ours)) for rule in rules)
+
+
+GENERATOR = HuggingFaceMap(
+    architecture="ElectraForMaskedLM",
+    model_type="electra",
+    fields={**{f: k for f, k in SHARED_FIELDS.items() if not STACK_KEYS.intersection(k)}, **GENERATOR_FIELDS},
+    values=bert.ACTIVATION,
+    ours={**bert.OURS, "position_offset": 0},
+    theirs=THEIRS,
+    defaults=DEFAULTS,
+    tensors=(
+        *TABLE_RULES,
+        *weight_and_bias("electra.embeddings_project", "embed.generator.project"),
+        *block_rules("embed.generator."),
+        *weight_and_bias("generator_predictions.dense", "embed.generator.head.transform.dense"),
+        *weight_and_bias("generator_predictions.LayerNorm", "embed.generator.head.transform.norm"),
+        *weight_and_bias("generator_lm_head", "embed.generator.head"),
+    ),
+    tied=("generator_lm_head.weight", "electra.embeddings.word_embeddings.weight"),
+    ignored=(".position_ids", ".token_type_ids"),
+)
+HUGGINGFACE = HuggingFaceMap(
+    architecture="ElectraForPreTraining",
+    model_type="electra",
+    fields=SHARED_FIELDS,
+    values=bert.ACTIVATION,
+    ours={**bert.OURS, "position_offset": 0, "sentence_head": False},
+    theirs=THEIRS,
+    defaults=DEFAULTS,
+    tensors=(
+        *TABLE_RULES,
+        *weight_and_bias("electra.embeddings_project", "embed.project"),
+        *block_rules(""),
+        *weight_and_bias("discriminator_predictions.dense", "head.replaced.dense"),
+        *weight_and_bias("discriminator_predictions.dense_prediction", "head.replaced.classifier"),
+    ),
+    prefix="electra.",
+    ignored=(".position_ids", ".token_type_ids"),
+    beside={"generator": Beside(GENERATOR, absent={"generator_layers": 0})},
+)
+
+FAMILY = Family(ElectraConfig, Electra, HUGGINGFACE)
