@@ -32,7 +32,7 @@ def read_config(raw: Mapping[str, Any]) -> TransformerConfig:
     for field, keys in table.fields.items():
         found = next((v for v in (_get(raw, k) for k in keys) if v is not _ABSENT), _ABSENT)
         if found is not _ABSENT:
-            fields[field] = found - table.shifts[field] if field in table.shifts else found
+            fields[field] = int(found) - table.shifts[field] if field in table.shifts else found  # type: ignore[call-overload]
     for field, (key, values) in table.values.items():
         found = _get(raw, key)
         matches = [ours for ours, theirs in values.items() if theirs == found]
