@@ -120,7 +120,7 @@ def evaluate(
         return None
     sums = world.sum(sums) / world.loss_copies
     found = torch.stack([sums, counts]).tolist()
-    return _figures(stages.objective, *found, validation)
+    return _figures(stages.objective, found[0], found[1], validation)
 
 
 def _figures(
