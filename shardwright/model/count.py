@@ -17,7 +17,6 @@ from shardwright.model.encoder import EncoderConfig
 from shardwright.model.families import build_model
 from shardwright.model.transformer import TransformerConfig
 
-
 #: Part of a parameter count -> what a component of a parameter's name may be; the first part that knows one has it.
 PARTS: dict[str, tuple[str, ...]] = {
     "norms": ("norm", "attention_norm", "mlp_norm", "q_norm", "k_norm", "final_norm"),

@@ -1,8 +1,9 @@
 """One stack of blocks with an embedding below and a head above, assembled from one typed config: the decoders.
 
 Stands on the other files of the model room; a family (gpt2.py, llama.py, ...) is a set of defaults for
-`TransformerConfig`; encoder.py adds what encoders have beyond it. What a forward pass needs beyond the activations is built once and handed to each block
-as a `Context` of tensors, so that all blocks are one compiled graph and no block reads the host.
+`TransformerConfig`; encoder.py adds what encoders have beyond it. What a forward pass needs beyond the activations is
+built once and handed to each block as a `Context` of tensors, so that all blocks are one compiled graph and no block
+reads the host.
 Shapes: B batch, T tokens, D width, V vocabulary, S keys (T, or more with a cache).
 """
 

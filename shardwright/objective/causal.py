@@ -26,6 +26,8 @@ class Causal:
 
     #: Weight of each term in the total.
     terms: Mapping[str, float] = {"lm": 1.0}
+    #: Whether an evaluation predicts every token once, so that bits per byte have a meaning.
+    every_token = True
 
     def __init__(self, config: CausalConfig) -> None:
         self.config = config

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from shardwright.config import RunError
+from shardwright.config import ConfigError, RunError
 from shardwright.data.tokenizers import StreamDecoder
 from shardwright.model.attention import Cache
 from shardwright.model.transformer import Inputs, LanguageModel
@@ -98,6 +98,8 @@ def stream_tokens(
     Past the model's longest sequence it goes on from the last half of what it can hold. RunError where the model gives
     numbers that are not finite.
     """
+    if not model.config.causal:
+        raise ConfigError(f"model.family={model.config.family}: sees both sides of a token and cannot generate text")
     if not prompt:
         raise ValueError("prompt: is empty and the tokenizer has no end-of-document token; give at least one token")
     generator = torch.Generator().manual_seed(sampling.seed)

@@ -35,7 +35,8 @@ class Ending:
 
     def conclude(self, step: int, tokens: int, figures: Mapping[str, Any]) -> Result:
         """The result by the figures of the last evaluation (none where nothing was kept back); rank 0 writes it."""
-        text = split_text(self.corpus.manifests, self.corpus.tokenizer) if figures and self.world.leads else None
+        compared = "val_bits_per_byte" in figures and self.world.leads
+        text = split_text(self.corpus.manifests, self.corpus.tokenizer) if compared else None
         result = Result(
             run=str(self.folder),
             step=step,

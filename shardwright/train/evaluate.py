@@ -22,6 +22,7 @@ from shardwright.data.shards import Shard
 from shardwright.data.stream import ValidationStream
 from shardwright.data.tokenizers import Tokenizer
 from shardwright.log import Bar, progress
+from shardwright.objective.causal import Causal
 from shardwright.parallel.mesh import World
 from shardwright.train.stages import Batch, Stages
 
@@ -95,40 +96,46 @@ def fill_up(batches: Sequence[Batch], size: int) -> list[Batch]:
 def evaluate(
     stages: Stages, validation: Validation, most: int | None = None, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, float] | None:
-    """`val_loss`, `val_perplexity` and `val_bits_per_byte`; the host reads the device once, at the end.
+    """`val_loss`, of every term where there are several, `val_perplexity` of the tokens that are predicted.
+
+    And `val_bits_per_byte` where every token is. The host reads the device once, at the end.
 
     None where `stop`, asked before each batch and the same on every rank, says to leave.
     """
     world, device = stages.world, stages.world.device
     stages.train(False)
     stages.begin(torch.zeros((), dtype=torch.int64, device=device))
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    targets = torch.zeros_like(nats)
+    sums = torch.zeros(len(stages.objective.terms), dtype=torch.float64, device=device)
+    counts = torch.zeros_like(sums)
     stopped = False
     for batches in validation.batches(most, stages.passes.at_once):
         stopped = stop()
         if stopped:
             break
         batches = [stages.cut(batch) for batch in batches]
-        nats += stages.passes.evaluate(batches).double().sum()
-        targets += stages.counts(batches).sum()
+        sums += stages.passes.evaluate(batches)
+        counts += stages.counts(batches)
     stages.train(True)
     if stopped:
         return None
-    nats = world.sum(nats) / world.loss_copies
-    found = torch.stack([nats, targets]).tolist()
-    return _figures(found[0], found[1], validation)
+    sums = world.sum(sums) / world.loss_copies
+    found = torch.stack([sums, counts]).tolist()
+    return _figures(stages.objective, found[0], found[1], validation)
 
 
-def _figures(nats: float, targets: float, validation: Validation) -> dict[str, float]:
-    """The three numbers of an evaluation, from its sums."""
-    text_bytes = validation.text_bytes(targets)
-    loss = nats / max(targets, 1)
-    return {
-        "val_loss": loss,
-        "val_perplexity": math.exp(min(loss, 700)),
-        "val_bits_per_byte": nats / math.log(2) / max(text_bytes, 1),
-    }
+def _figures(
+    objective: Causal, sums: Sequence[float], counts: Sequence[float], validation: Validation
+) -> dict[str, float]:
+    """The numbers of an evaluation, from each term's sum and count; the first term is that of tokens."""
+    losses = {t: total / max(count, 1) for t, total, count in zip(objective.terms, sums, counts, strict=True)}
+    first = next(iter(losses.values()))
+    figures = {"val_loss": sum(weight * losses[term] for term, weight in objective.terms.items())}
+    if len(losses) > 1:
+        figures |= {f"val_loss_{term}": loss for term, loss in losses.items()}
+    figures["val_perplexity"] = math.exp(min(first, 700))
+    if objective.every_token:
+        figures["val_bits_per_byte"] = sums[0] / math.log(2) / max(validation.text_bytes(counts[0]), 1)
+    return figures
 
 
 def split_text(manifests: Sequence[Manifest], tokenizer: Tokenizer) -> bytes | None:

@@ -51,7 +51,7 @@ def preview(config: Config, *, as_json: bool = False) -> str:
         batch = batch_equation(config, facts.data)
         return json.dumps({"config": config.model_dump(mode="json"), "batch": batch, "layout": layout, **sizes})
     lines = [to_yaml(config), batch_equation(config, facts.data), *_layout(config, facts), _length(config, course)]
-    return "\n".join([*lines, *_sizes(parameters, flops.model, memory, facts.world), f"device: {device}"])
+    return "\n".join([*lines, *_sizes(parameters, flops.model, memory, facts), f"device: {device}"])
 
 
 def rank_memory(config: Config, facts: Facts) -> dict[str, int]:
@@ -108,12 +108,13 @@ def _length(config: Config, course: Course) -> str:
     return f"length: {course.steps:,} steps, {course.ramp.drawn_after(course.steps) * course.length:,} tokens"
 
 
-def _sizes(parameters: dict[str, int], flops: float, memory: dict[str, int], world: int) -> list[str]:
+def _sizes(parameters: dict[str, int], flops: float, memory: dict[str, int], facts: Facts) -> list[str]:
     parts = ", ".join(f"{name} {count:,}" for name, count in parameters.items() if name != "total" and count)
     rooms = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.items() if name != "total" and size)
-    whose = " of the fullest rank" if world > 1 else ""
+    whose = " of the fullest rank" if facts.world > 1 else ""
+    counted = "causal attention" if facts.causal else "attention"
     return [
         f"parameters: {parameters['total']:,} ({parts})",
-        f"FLOPs a token: {quantity(flops)} forward and backward, causal attention counted, recomputation not",
+        f"FLOPs a token: {quantity(flops)} forward and backward, {counted} counted, recomputation not",
         f"estimated memory{whose}: {memory['total'] / 2**20:,.0f} MiB ({rooms})",
     ]

@@ -31,7 +31,7 @@ def evaluate_run(path: str | Path, data: str | None = None) -> dict[str, float]:
     model = LossModel(loaded.model, build_objective(config), config.train.seed)
     answer = evaluate(Stages({0: model}, Loop(model), world), build_validation(config, world))
     assert answer is not None  # nobody asked it to stop
-    text = split_text(manifests, loaded.tokenizer)
+    text = split_text(manifests, loaded.tokenizer) if "val_bits_per_byte" in answer else None
     return answer if text is None else {**answer, "xz_bits_per_byte": xz_bits_per_byte(text)}
 
 
