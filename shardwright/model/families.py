@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardwright.model import bert, electra, gpt2, gpt3, llama, roberta
+from shardwright.model import bert, electra, gpt2, gpt3, llama, roberta, xlnet
 from shardwright.model.family import Family
 from shardwright.model.transformer import LanguageModel, TransformerConfig
 
@@ -13,6 +13,7 @@ FAMILIES: dict[str, Family] = {
     "bert": bert.FAMILY,
     "roberta": roberta.FAMILY,
     "electra": electra.FAMILY,
+    "xlnet": xlnet.FAMILY,
 }
 
 

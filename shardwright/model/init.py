@@ -83,6 +83,8 @@ def initial_value(config: TransformerConfig, name: str, shape: torch.Size, seed:
         return torch.zeros(shape)
     if part.endswith("norm"):
         return torch.ones(shape)
+    if len(shape) == 1:  # vectors that are no bias: Transformer-XL's u and v, XLNet's first query
+        return torch.empty(shape).normal_(std=config.init_std, generator=_generator(seed, name))
     std = SCHEMES[config.init](config, part, shape)
     value = torch.empty(shape)
     if config.init == "xavier" and part not in EMBEDDINGS:

@@ -16,6 +16,16 @@ def sinusoidal(positions: Tensor, width: int) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
+def relative_sinusoidal(length: int, width: int, device: torch.device) -> Tensor:
+    """float32 vectors [2 length - 1, D] of the distances length - 1, ..., 1 - length: all sines, then all cosines.
+
+    Transformer-XL's (Dai et al. 2019), in the order of its program.
+    """
+    distances = torch.arange(length - 1, -length, -1, device=device)
+    angles = _angles(distances, width, 10000.0)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """float32 cosines and sines [B, T, 1, d/2] of positions [B, T], for `rotate` (Su et al. 2021)."""
     angles = _angles(positions, head_dim, theta).unsqueeze(2)

@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, D width, V vocabulary, S keys (T, or more with a cach
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -140,6 +140,10 @@ class Inputs(NamedTuple):
     key_index: Tensor | None = None  # [B, S] place in the row of each key, where more keys are seen than input_ids has
     key_documents: Tensor | None = None  # [B, S] `documents` of those keys
     token_types: Tensor | None = None  # [B, T] int64, which segment of a pair a token is of; default 0
+    key_token_types: Tensor | None = None  # [B, S] `token_types` of the keys at key_index
+    order: Tensor | None = None  # [B, T] int64, when each token comes where tokens are predicted in an order of its own
+    key_order: Tensor | None = None  # [B, S] `order` of the keys at key_index
+    places: Tensor | None = None  # [B, P] int64, which positions are predicted, where a model has to know
 
 
 class Context(NamedTuple):
@@ -245,9 +249,8 @@ class LanguageModel(nn.Module):
         if config.vocab_size < 1:
             raise ValueError("model.vocab_size=0: fill in the tokenizer's size before the model is built")
         self.config = config
-        block = Block if config.norm_placement == "pre" else PostNormBlock
         self.embed: Embed | None = self.build_embed(config)
-        self.blocks = nn.ModuleDict({str(n): block(config) for n in range(config.layers)})
+        self.blocks = nn.ModuleDict({str(n): self.build_block(config) for n in range(config.layers)})
         # A post-norm stack ends in a norm already.
         self.final_norm: nn.Module | None = build_stack_norm(config) if config.norm_placement == "pre" else None
         self.head: Head | None = self.build_head(config)
@@ -255,6 +258,10 @@ class LanguageModel(nn.Module):
     def build_embed(self, config: Any) -> Embed:
         """What makes vectors of ids."""
         return Embed(config)
+
+    def build_block(self, config: Any) -> nn.Module:
+        """One layer of the stack."""
+        return Block(config) if config.norm_placement == "pre" else PostNormBlock(config)
 
     def build_head(self, config: Any) -> Head | None:
         """What the head has of its own, None where that is nothing."""
@@ -302,6 +309,14 @@ class LanguageModel(nn.Module):
             key = None if keys is None else keys[int(name) + 1]
             x = block(x, context, key, None if cache is None else cache.layers[n])
         return x if self.final_norm is None else self.final_norm(x)
+
+    def output(self, hidden: Tensor, inputs: Inputs) -> Tensor:
+        """Of what the last block gave, what the heads read: all of it, where a model has one stream."""
+        return hidden
+
+    def border(self, shapes: Mapping[str, torch.Size]) -> int:
+        """Tokens a row of the activations between pipeline stages, from the shapes of a batch by name."""
+        return shapes["input_ids"][1]
 
     @property
     def head_weight(self) -> Tensor:

@@ -55,4 +55,5 @@ class Causal:
         """Sum of each term: hidden [B,T,D] -> {"lm": scalar}; `scales`: the gradient each sum is going to get."""
         scale = None if scales is None else scales["lm"]
         head, hidden = heads.vocabulary, heads.transformed(hidden)
+        assert head is not None, "this model has no head over the vocabulary here"
         return {"lm": linear_cross_entropy(hidden, head, batch["labels"], batch["weights"], scale, self.kernel)}

@@ -19,7 +19,7 @@ class Heads(NamedTuple):
     `others` by name: hidden states [N, D] -> logits [N, kinds].
     """
 
-    vocabulary: Head
+    vocabulary: Head | None
     transform: Callable[[Tensor], Tensor] | None = None
     others: Mapping[str, Callable[[Tensor], Tensor]] = {}
 

@@ -192,30 +192,46 @@ class Rule(NamedTuple):
     style: type[Style]
 
 
+def _block_rules(block: str) -> tuple[Rule, ...]:
+    """Those of a block of attention and feed-forward layer, named by a pattern."""
+    return (
+        Rule(f"{block}.attention_norm", Stream),
+        Rule(f"{block}.attention", Region),
+        Rule(f"{block}.attention.q", Column),
+        Rule(f"{block}.attention.k", Column),
+        Rule(f"{block}.attention.v", Column),
+        Rule(f"{block}.attention.q_norm", PerHead),
+        Rule(f"{block}.attention.k_norm", PerHead),
+        Rule(f"{block}.attention.out", Row),
+        Rule(f"{block}.mlp_norm", Stream),
+        Rule(f"{block}.mlp", Region),
+        Rule(f"{block}.mlp.up", Column),
+        Rule(f"{block}.mlp.gate", Column),
+        Rule(f"{block}.mlp.down", Row),
+    )
+
+
 PLAN: tuple[Rule, ...] = (
     Rule("embed.tokens", Tokens),
     Rule("embed.positions", Stream),
     Rule("embed.token_types", Stream),
     Rule("embed.norm", Stream),
-    Rule("blocks.*.attention_norm", Stream),
-    Rule("blocks.*.attention", Region),
-    Rule("blocks.*.attention.q", Column),
-    Rule("blocks.*.attention.k", Column),
-    Rule("blocks.*.attention.v", Column),
-    Rule("blocks.*.attention.q_norm", PerHead),
-    Rule("blocks.*.attention.k_norm", PerHead),
-    Rule("blocks.*.attention.out", Row),
-    Rule("blocks.*.mlp_norm", Stream),
-    Rule("blocks.*.mlp", Region),
-    Rule("blocks.*.mlp.up", Column),
-    Rule("blocks.*.mlp.gate", Column),
-    Rule("blocks.*.mlp.down", Row),
+    Rule("embed.project", Stream),
+    Rule("embed.generator.project", Stream),
+    *_block_rules("embed.generator.blocks.*"),
+    Rule("embed.generator.final_norm", Stream),
+    Rule("embed.generator.head", HeadRows),
+    Rule("embed.generator.head.transform.dense", BeforeHead),
+    Rule("embed.generator.head.transform.norm", BeforeHead),
+    *_block_rules("blocks.*"),
     Rule("final_norm", Stream),
     Rule("head", HeadRows),
     Rule("head.transform.dense", BeforeHead),
     Rule("head.transform.norm", BeforeHead),
     Rule("head.sentence.pooler", Alike),
     Rule("head.sentence.classifier", Alike),
+    Rule("head.replaced.dense", Alike),
+    Rule("head.replaced.classifier", Alike),
 )
 
 
@@ -315,6 +331,7 @@ class Vocabulary:
 
     def __init__(self, start: int, mesh: DeviceMesh) -> None:
         self.start, self._group = start, mesh.get_group()
+        self.rank, self.ranks = mesh.get_local_rank(), mesh.size()
 
     def max(self, x: Tensor) -> Tensor:
         """Element-wise maximum over the ranks, in place."""
@@ -333,20 +350,24 @@ class Vocabulary:
 def localize_heads(hidden: Tensor, heads: Any, mesh: DeviceMesh, sequence: bool) -> tuple[Tensor, Any]:
     """What this rank computes the loss with: hidden [B, T/t or T, D] whole, and its own rows of the vocabulary's head.
 
-    `heads` is a NamedTuple: `vocabulary`, a NamedTuple with weight [V, D] and bias [V] or None (DTensors) and a field
-    `vocabulary`, which is set; `transform`, which stands before it; `others`, by name, which all ranks compute alike.
+    `heads` is a NamedTuple: `vocabulary`, None or a NamedTuple with weight [V, D] and bias [V] or None (DTensors) and a
+    field `vocabulary`, which is set; `transform`, which stands before it; `others`, by name, which all ranks compute alike.
     The loss is then the same on every rank; the partial gradients of hidden that it returns are summed here.
     """
-    head = heads.vocabulary
+    own = None if heads.vocabulary is None else _own_rows(heads.vocabulary, mesh)
+    others = {name: partial(_alike, other, mesh.size()) for name, other in heads.others.items()}
+    return enter(hidden, mesh, sequence), heads._replace(vocabulary=own, others=others)
+
+
+def _own_rows(head: Any, mesh: DeviceMesh) -> Any:
+    """Of the vocabulary's head what this rank holds."""
     weight, bias = head.weight, head.bias
     assert isinstance(weight, DTensor), "the head is not spread: call apply_tensor first"
     rows = {
         "weight": weight.to_local(grad_placements=[Shard(0)]),
         "bias": None if bias is None else bias.to_local(grad_placements=[Shard(0)]),
     }
-    own = head._replace(**rows, vocabulary=Vocabulary(first_row(weight.shape[0], mesh), mesh))
-    others = {name: partial(_alike, other, mesh.size()) for name, other in heads.others.items()}
-    return enter(hidden, mesh, sequence), heads._replace(vocabulary=own, others=others)
+    return head._replace(**rows, vocabulary=Vocabulary(first_row(weight.shape[0], mesh), mesh))
 
 
 def _alike(head: Callable[[Tensor], Tensor], ranks: int, hidden: Tensor) -> Tensor:

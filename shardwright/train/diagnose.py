@@ -28,7 +28,7 @@ def first_nonfinite(stages: Stages, masters: Masters, batches: Sequence[Batch]) 
             _run_alone(stages.models[0], batches, found)
         else:
             with masters.set_aside():
-                if not torch.isfinite(stages.passes.run(batches)):
+                if not torch.isfinite(stages.run(batches)):
                     found.note(_LOSS, "the loss")
     return stages.world.first(found.place, found.text)
 

@@ -113,7 +113,7 @@ def evaluate(
         if stopped:
             break
         batches = [stages.cut(batch) for batch in batches]
-        sums += stages.passes.evaluate(batches)
+        sums += stages.evaluate(batches)
         counts += stages.counts(batches)
     stages.train(True)
     if stopped:

@@ -43,23 +43,43 @@ class LossModel(nn.Module):
         self.passes = 0  # begun since `begin`: where in the step this stage is
         #: Turns hidden states and heads into what this rank computes the loss with; a tensor axis puts its own here.
         self.localize: Callable[[Tensor, Heads], tuple[Tensor, Heads]] = lambda hidden, heads: (hidden, heads)
+        #: Sums of the terms that an earlier stage than the last one knew, since they were last taken; [terms].
+        self.early: Tensor | None = None
 
     def begin(self, number: Tensor, scales: Mapping[str, Tensor] | None = None) -> None:
         """Before the passes of a step: its number (0-dim int64), which keys what is random, and the terms' scales."""
-        self.number, self.scales, self.passes = number, scales, 0
+        self.number, self.scales, self.passes, self.early = number, scales, 0, None
 
     def forward(self, x: Tensor, **batch: Tensor) -> Tensor:
         """See the class."""
         self.passes += 1
-        given = {name: batch[name] for name in Inputs._fields if name in batch}
-        inputs = Inputs(**given, step=self.number, seed=self.seed)
+        inputs = self.inputs(batch)
         hidden = self.model.hidden(inputs, None if self.first else x)
-        if not self.last:
-            return hidden
-        vocabulary = Head(self.model.head_weight, self.model.head_bias, self.model.config.logit_softcap)
-        heads = Heads(vocabulary, self.model.transform, self.model.other_heads())
-        sums = self.objective.loss(*self.localize(hidden, heads), batch, self.scales)
-        # Divided before it is scaled: a sum times 65,536 overflows fp16 at once.
+        return self.sums(self.model.output(hidden, inputs), self.heads(), batch) if self.last else hidden
+
+    def border(self, shapes: Mapping[str, torch.Size]) -> tuple[int, int, int]:
+        """Shape of what it gives or is given between stages, from the shapes of a batch by name: [B, tokens, width]."""
+        return shapes["input_ids"][0], self.model.border(shapes), self.model.config.width
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """What the model reads of a batch."""
+        given = {name: batch[name] for name in Inputs._fields if name in batch}
+        return Inputs(**given, step=self.number, seed=self.seed)
+
+    def heads(self) -> Heads:
+        """What the last stage computes losses with."""
+        return Heads(self.vocabulary(), self.model.transform, self.model.other_heads())
+
+    def vocabulary(self) -> Head:
+        """The head over the vocabulary."""
+        return Head(self.model.head_weight, self.model.head_bias, self.model.config.logit_softcap)
+
+    def sums(self, hidden: Tensor, heads: Heads, batch: Batch) -> Tensor:
+        """Hidden states [B, T, D] -> [terms]."""
+        return self.stacked(self.objective.loss(*self.localize(hidden, heads), batch, self.scales))
+
+    def stacked(self, sums: Mapping[str, Tensor]) -> Tensor:
+        """The terms' sums in their order, times their scales: divided first, for a sum times 65,536 overflows fp16."""
         return torch.stack([sums[t] if self.scales is None else sums[t] * self.scales[t] for t in self.objective.terms])
 
 
@@ -134,6 +154,24 @@ class Stages:
     ) -> None:
         self.models, self.passes, self.world, self.cut = models, passes, world, cut
         self.objective = next(iter(models.values())).objective
+
+    def run(self, batches: Sequence[Batch]) -> Tensor:
+        """Forward and backward of the micro-batches of a step; the sum of all terms here (0-dim)."""
+        total, early = self.passes.run(batches), self._early()
+        return total if early is None else total + early.sum()
+
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """The sums of the terms that are known here, [terms], without gradients."""
+        sums, early = self.passes.evaluate(batches), self._early()
+        return sums if early is None else sums + early
+
+    def _early(self) -> Tensor | None:
+        """What a stage here that is not the last one knew of the terms; no two of them do."""
+        for model in self.models.values():
+            found, model.early = model.early, None
+            if found is not None:
+                return found
+        return None
 
     def begin(self, number: Tensor, scales: Mapping[str, Tensor] | None = None) -> None:
         """Tell every stage which step comes."""

@@ -97,7 +97,7 @@ class Step:
         batches = [self.stages.cut(batch) for batch in batches]
         self.masters.clear()
         self.stages.begin(number, self.scales(batches))
-        self._loss = self.stages.passes.run(batches) / self.scaler.scale
+        self._loss = self.stages.run(batches) / self.scaler.scale
         self.masters.collect()
 
     def scales(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
