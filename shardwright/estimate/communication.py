@@ -165,7 +165,7 @@ def _add_tied(
     amounts: Amounts, stage: StageShare, model: TransformerConfig, layout: Layout, work: Work, place: Place
 ) -> None:
     """The gradient of a weight that the first rank of the pipeline and the last one both have."""
-    if model.tied and (stage.first or stage.last) and SCHEDULES[layout.schedule].placement != "v":
+    if model.ties_stages and (stage.first or stage.last) and SCHEDULES[layout.schedule].placement != "v":
         rows, width = stage.root.shapes[EMBEDDING]
         if part := split(rows, layout.spread, place.spread) * width:
             plus(amounts, "pipeline", "all-reduce", 1, part * work.master_bytes)

@@ -204,7 +204,7 @@ def _block_activations(model: TransformerConfig, layout: Layout, work: Work) -> 
         }
     )
     value, tokens = work.value_bytes, work.micro_batch * work.length // layout.context
-    kept = activation_bytes(local, tokens, value_bytes=value)
+    kept = activation_bytes(local, tokens, value_bytes=value, length=work.length // layout.context)
     inputs = tokens * model.width * value
     kept -= 2 * (inputs - inputs // layout.slices)
     if layout.context > 1:

@@ -172,7 +172,7 @@ def rank_share(
     found = []
     for index in own:
         last = index == len(stages) - 1
-        also = EMBEDDING if last and model.tied else ""
+        also = EMBEDDING if last and model.ties_stages else ""
         here = {name: shape for name, shape in shapes.items() if layer_of(name) in stages[index] or name == also}
         root, *blocks = (_group(group, layout, place) for group in _by_group(here))
         found.append(StageShare(index, index == 0, last, root, tuple(blocks)))

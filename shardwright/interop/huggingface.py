@@ -93,21 +93,16 @@ def folders_beside(config: TransformerConfig) -> list[str]:
     return [folder for folder, part in beside if any(getattr(config, f) != v for f, v in part.absent.items())]
 
 
-def import_tensors(
-    config: TransformerConfig, theirs: Mapping[str, Tensor], beside: Mapping[str, Mapping[str, Tensor]] | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Our (name, tensor) pairs from their tensors, in no particular dtype: each keeps its own.
+def import_all(config: TransformerConfig, sources: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Our (name, tensor) pairs from all of their models that ours holds, by folder; "" is the one that gives its name.
 
-    `beside`: by folder, those of the models that ours holds as well. What several of them name is equal in all.
+    ValueError where one is missing, or what two of them name is not equal in both.
     """
-    family, shapes = FAMILIES[config.family], _shapes(config)
-    sources = {"": theirs, **(beside or {})}
     if missing := [folder for folder in folders_beside(config) if folder not in sources]:
         raise ValueError(f"Hugging Face tensors do not fit the config: those of its {missing[0]} are missing")
-    _check_covered(config, shapes)
     several: dict[str, Tensor] = {}
     for folder, tensors in sources.items():
-        for name, tensor in _import(config, _map_of(family, folder), tensors, shapes):
+        for name, tensor in import_tensors(config, tensors, folder):
             if name in several and not torch.equal(several[name], tensor):
                 raise ValueError(f"{folder}: {name} differs from that beside it, but one is trained for both")
             if name not in several:
@@ -116,9 +111,15 @@ def import_tensors(
                 several[name] = tensor
 
 
-def _import(
-    config: TransformerConfig, table: HuggingFaceMap, theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
+def import_tensors(
+    config: TransformerConfig, theirs: Mapping[str, Tensor], folder: str = ""
 ) -> Iterator[tuple[str, Tensor]]:
+    """Our (name, tensor) pairs from their tensors, in no particular dtype: each keeps its own.
+
+    All of ours, or those that the model in `folder` holds.
+    """
+    table, shapes = _map_of(FAMILIES[config.family], folder), _shapes(config)
+    _check_covered(config, shapes)
     rules = _expand(table, shapes)
     names = _their_names(table, theirs)
     _check_names("Hugging Face tensors", {rule.theirs for rule in rules}, set(names), _optional(table, config))

@@ -9,22 +9,26 @@ Symbols: D width, F feed-forward width, L layers, H heads, K key heads, d head w
 from __future__ import annotations
 
 import math
+from functools import singledispatch
 from typing import NamedTuple
 
 import torch
 
+from shardwright.model.electra import ElectraConfig
 from shardwright.model.encoder import EncoderConfig
 from shardwright.model.families import build_model
 from shardwright.model.transformer import TransformerConfig
+from shardwright.model.xlnet import XLNetConfig
 
 #: Part of a parameter count -> what a component of a parameter's name may be; the first part that knows one has it.
 PARTS: dict[str, tuple[str, ...]] = {
     "norms": ("norm", "attention_norm", "mlp_norm", "q_norm", "k_norm", "final_norm"),
     "tokens": ("tokens",),
-    "positions": ("positions", "token_types"),
+    "positions": ("positions", "token_types", "query"),
     "attention": ("attention",),
     "mlp": ("mlp",),
     "head": ("head",),
+    "projections": ("project",),
 }
 
 
@@ -41,7 +45,7 @@ def num_parameters(config: TransformerConfig) -> dict[str, int]:
 def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter in the model's order, from its modules on the meta device."""
     with torch.device("meta"):
-        one = build_model(config.model_copy(update={"layers": 1}))
+        one = build_model(config.with_layers(1))
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in one.named_parameters():
         blocks = range(config.layers) if name.startswith("blocks.0.") else (0,)
@@ -78,28 +82,68 @@ def num_flops(
     tokens. Backward is twice the forward. Embedding look-ups are free. (Kaplan et al. 2020, Chowdhery et al. 2022:
     6 N + 12 L H d T is this in full.)
     """
-    c = config
-    causal = c.causal if causal is None else causal
-    inner = c.heads * c.head_width
-    matrices = c.width * (2 * inner + 2 * c.num_kv_heads * c.head_width)
-    matrices += (3 if c.gated else 2) * c.width * c.hidden_width
+    causal = config.causal if causal is None else causal
     keys = (length + 1) / 2 if causal else length
-    block = 2.0 * matrices + 4.0 * inner * keys
-    forward = c.layers * block + _head_flops(c, length, predicted)
+    block = _block_flops(config, length, keys, predicted)
+    forward = config.layers * block + _other_flops(config, length, keys, predicted)
     return Flops(forward, 2 * forward, recomputed * block)
 
 
-def _head_flops(c: TransformerConfig, length: int, predicted: float) -> float:
-    """Of the heads, a token: that of tokens on the share `predicted`, that of pairs once a sequence."""
-    tokens = 2.0 * c.width * c.vocab_size
-    if not isinstance(c, EncoderConfig):
-        return predicted * tokens
+@singledispatch
+def _block_flops(c: TransformerConfig, length: int, keys: float, predicted: float) -> float:
+    """Of one block, a token, forward."""
+    inner = c.heads * c.head_width
+    matrices = c.width * (2 * inner + 2 * c.num_kv_heads * c.head_width)
+    matrices += (3 if c.gated else 2) * c.width * c.hidden_width
+    return 2.0 * matrices + 4.0 * inner * keys
+
+
+@_block_flops.register
+def _(c: XLNetConfig, length: int, keys: float, predicted: float) -> float:
+    """Queries of both streams, where not all tokens are predicted; keys of one.
+
+    Not the projection of the distances' vectors, which is done once for all rows of a micro-batch.
+    """
+    inner = c.heads * c.head_width
+    query = 2.0 * c.width * (2 * inner + (3 if c.gated else 2) * c.hidden_width) + 4.0 * inner * keys
+    query += 2.0 * inner * (2 * length - 1)
+    streams = 1 + (predicted if predicted < 1 else 0)
+    return streams * query + 2.0 * c.width * 2 * inner
+
+
+@singledispatch
+def _other_flops(c: TransformerConfig, length: int, keys: float, predicted: float) -> float:
+    """Of all that is no block, a token, forward: the head on the share `predicted`."""
+    return predicted * 2.0 * c.width * c.vocab_size
+
+
+@_other_flops.register
+def _(c: EncoderConfig, length: int, keys: float, predicted: float) -> float:
+    """The head's transform as well, and the head for pairs once a sequence."""
     transform = 2.0 * c.width * c.width * c.head_transform
     pairs = 2.0 * c.width * (c.width + 2) * c.sentence_head
-    return predicted * (tokens + transform) + pairs / length
+    return predicted * (2.0 * c.width * c.vocab_size + transform) + pairs / length
 
 
-def activation_bytes(config: TransformerConfig, tokens: int, *, value_bytes: int, recomputed: bool = False) -> int:
+@_other_flops.register
+def _(c: ElectraConfig, length: int, keys: float, predicted: float) -> float:
+    """Projections, the head on every token, and the generator with its own."""
+    own, table = c.generator, c.table_width
+    judge = 2.0 * c.width * (c.width + 1) + _projection_flops(table, c.width)
+    if not own.layers:
+        return judge
+    drafted = 2.0 * table * (own.width + c.vocab_size)
+    blocks = own.layers * _block_flops(own, length, keys, predicted)
+    return judge + _projection_flops(table, own.width) + blocks + predicted * drafted
+
+
+def _projection_flops(inputs: int, outputs: int) -> float:
+    return 0.0 if inputs == outputs else 2.0 * inputs * outputs
+
+
+def activation_bytes(
+    config: TransformerConfig, tokens: int, *, value_bytes: int, length: int = 0, recomputed: bool = False
+) -> int:
     """Bytes that one block keeps for its backward pass of `tokens` tokens, of `value_bytes` a value.
 
     Values a token, without a compiler: both norms' inputs and outputs (4 D), q, k, v and the attention's output
@@ -107,7 +151,8 @@ def activation_bytes(config: TransformerConfig, tokens: int, *, value_bytes: int
     activated gate, up and their product (4 F). Plus float32 statistics: one a head (log-sum-exp), one (RMS) or two
     (mean and deviation) a norm. Dropout is recomputed from its keys but keeps a bool a value and site.
     A recomputed block keeps its input alone. A compiled block keeps less: what is cheap it computes again. Where
-    torch has no fused RMSNorm (CPU), each keeps D values more.
+    torch has no fused RMSNorm (CPU), each keeps D values more. Relative positions (XLNet) keep the scores, for which
+    `length` of the sequences is needed; they are counted for one stream.
     """
     c = config
     if recomputed:
@@ -115,4 +160,9 @@ def activation_bytes(config: TransformerConfig, tokens: int, *, value_bytes: int
     values = 4 * c.width + 2 * (c.heads + c.num_kv_heads) * c.head_width + (4 if c.gated else 2) * c.hidden_width
     statistics = c.heads + 2 * (2 if c.norm == "layer" else 1)
     masks = 2 * c.width if c.residual_dropout else 0
-    return tokens * (values * value_bytes + statistics * 4 + masks)
+    if not isinstance(c, XLNetConfig):
+        return tokens * (values * value_bytes + statistics * 4 + masks)
+    inner = c.heads * c.head_width
+    values += inner + c.heads * length  # queries with either vector, and every score instead of its statistic
+    distances = tokens // length * inner * (2 * length - 1)
+    return tokens * (values * value_bytes + (statistics - c.heads) * 4 + masks) + distances * value_bytes

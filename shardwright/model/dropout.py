@@ -42,6 +42,11 @@ def layer_keys(layers: int, device: torch.device) -> Tensor:
     return mix(torch.arange(layers + 1, dtype=torch.int64, device=device) + 0x9E3779B9)
 
 
+def uniform(keys: Tensor, purpose: int) -> Tensor:
+    """float64 numbers in (0, 1) from int64 keys of any shape; each `purpose` has its own."""
+    return (mix(keys ^ mix(torch.full_like(keys, purpose))).double() + 0.5) / 2**32
+
+
 class Dropout(nn.Module):
     """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate), in training alone.
 

@@ -10,7 +10,7 @@ embedding, D width, G width of the generator, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
@@ -48,6 +48,10 @@ class ElectraConfig(EncoderConfig):
     generator_width: int | None = meaning(None, "Width of the generator; null is a quarter of the stack's", ge=1)
     generator_heads: int | None = meaning(None, "Heads of the generator; null is one for every 64 channels", ge=1)
     generator_mlp_width: int | None = meaning(None, "Feed-forward width of the generator; null is 4 x its width", ge=1)
+
+    def with_layers(self, layers: int) -> Self:
+        """The same model with so many blocks in its stack; the generator keeps its own."""
+        return self.model_copy(update={"layers": layers, "generator_layers": self.generator.layers})
 
     @property
     def table_width(self) -> int:

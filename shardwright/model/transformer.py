@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +109,10 @@ class TransformerConfig(ModelConfig):
     def gated(self) -> bool:
         """Whether the feed-forward layer has a gate."""
         return ACTIVATIONS[self.activation].gated
+
+    def with_layers(self, layers: int) -> Self:
+        """The same model with so many blocks in its stack."""
+        return self.model_copy(update={"layers": layers})
 
     @property
     def ties_stages(self) -> bool:

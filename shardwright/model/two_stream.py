@@ -113,7 +113,9 @@ class TwoStreamAttention(nn.Module):
         self.core = Core(dropout)
         self.out = Linear(heads * head_dim, width, bias=False)
 
-    def forward(self, content: Tensor, query: Tensor | None, context: StreamContext) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, content: Tensor, query: Tensor | None = None, *, context: StreamContext
+    ) -> tuple[Tensor, Tensor | None]:
         """content [B, T, D], query [B, P, D] -> the same shapes."""
         both = content if query is None else torch.cat([content, query], dim=1)
         k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (self.k(content), self.v(content)))
@@ -147,7 +149,7 @@ class TwoStreamBlock(nn.Module):
     ) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
         content, query = split_streams(x, context)
-        y, z = self.attention(content, query, context)
+        y, z = self.attention(content, query, context=context)
         y = y if z is None else torch.cat([y, z], dim=1)
         x = self.attention_norm(x + self.attention_dropout(y, context.stream_keys, layer_key))
         return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), context.stream_keys, layer_key))

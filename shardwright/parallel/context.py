@@ -22,6 +22,10 @@ from shardwright.config import ConfigError
 from shardwright.parallel.collectives import gather
 
 
+#: What attention has to know of every key of a row.
+OF_KEYS = ("documents", "order", "token_types")
+
+
 class ContextRows:
     """Which tokens of every row belong to rank `index` of `size`; ConfigError where `length` cannot be cut.
 
@@ -46,7 +50,7 @@ class ContextRows:
         """Own rows of a batch of whole sequences ([B, T] each; [B] ones stay), and where queries and keys stand.
 
         What belongs to `places` in the row stays whole, with weights of zero where another rank has the place. Adds
-        `row_index` [B, T/c] and, with `keys`, `key_index` [B, T] and, of documents, `key_documents` [B, T].
+        `row_index` [B, T/c] and, with `keys`, `key_index` [B, T] and, of each of OF_KEYS, `key_<name>` [B, T].
         """
         ids, placed = batch["input_ids"], self._placed(batch)
         own = {name: self._own(name, tensor) for name, tensor in batch.items() if name not in placed} | placed
@@ -55,9 +59,7 @@ class ContextRows:
             assert "documents" not in batch, "documents need to know where keys stand"
             return own
         own["key_index"] = self.order.to(ids.device).expand(ids.shape[0], -1)
-        if "documents" in batch:
-            own["key_documents"] = batch["documents"]
-        return own
+        return own | {f"key_{name}": batch[name] for name in OF_KEYS if name in batch}
 
     def _placed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`places`, `labels` and `weights` [B, P] of every term that has places, counted in own rows."""
@@ -101,14 +103,20 @@ class ContextCore(nn.Module):
         self.size, self.index = mesh.size(), mesh.get_local_rank()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """Own q [B, H, T/c, d], k and v [B, K, T/c, d]; mask [B, 1, T/c, T], keys in order -> [B, H, T/c, d]."""
+        """Own q [B, H, N, d], k and v [B, K, T/c, d]; mask [B, 1 or H, N, T], keys in order -> [B, H, N, d].
+
+        Causal queries are the own tokens, N = T/c: each chunk of them sees the chunks up to its own.
+        """
         assert mask is not None, "own rows need their mask: give the model row_index and key_index"
-        chunk = q.shape[2] // 2
+        chunk = k.shape[2] // 2
         keys = self._gather(torch.stack([k, v]), chunk)
+        if not causal:
+            k, v = torch.cat(keys, dim=3).unbind(0)
+            return self.inner(q, k, v, mask, causal)
         outputs = []
         for part, place in enumerate(own_chunks(self.size, self.index)):
             rows = slice(part * chunk, (part + 1) * chunk)
-            seen = place + 1 if causal else 2 * self.size  # chunks after a causal query's own are hidden anyway
+            seen = place + 1  # chunks after a causal query's own are hidden anyway
             k, v = torch.cat(keys[:seen], dim=3).unbind(0)
             outputs.append(self.inner(q[:, :, rows], k, v, mask[:, :, rows, : seen * chunk], causal))
         return torch.cat(outputs, dim=2)

@@ -41,6 +41,7 @@ class _Key(NamedTuple):
     """What one of torch's schedules is made for."""
 
     ids: torch.Size  # [B, T] of a micro-batch
+    between: tuple[int, ...]  # of the activations between its stages
     num_micro: int  # micro-batches of a step
     training: bool
 
@@ -62,10 +63,10 @@ class Pipeline:
         group: dist.ProcessGroup,
         device: torch.device,
         dtype: torch.dtype,
-        activation: Callable[[torch.Size], Sequence[int]],
+        activation: Callable[[Mapping[str, torch.Size]], Sequence[int]],
         terms: int = 1,
     ) -> None:
-        """`modules` by stage index; `activation`: shape [B, T] of a rank's input ids -> [B, T', D] between stages.
+        """`modules` by stage index; `activation`: shapes of a rank's batch by name -> [B, T', D] between stages.
 
         `dtype` is that of activations, `terms` the number of loss terms, which are in its master format. ValueError for
         a schedule that cannot have so many stages a rank.
@@ -98,7 +99,7 @@ class Pipeline:
         """
         if reason := check_micro_batches(self.schedule, self.size, len(self.modules), len(batches)):
             raise ValueError(reason)
-        schedule = self._schedule(_Key(_shape(batches), len(batches), training=True))
+        schedule = self._schedule(self._key(batches, training=True))
         losses: list[Tensor] = []
         # The target is no label (those are in the batches), but a schedule with a loss asks for one.
         target = torch.zeros(len(batches))
@@ -110,11 +111,16 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """Forward passes alone, any number of them: the last stage's outputs added up, [terms]; 0 elsewhere."""
-        schedule = self._schedule(_Key(_shape(batches), len(batches), training=False))
+        schedule = self._schedule(self._key(batches, training=False))
         outputs = schedule.step(*self._inputs(batches), **_joined(batches))
         if not self.is_last:
             return torch.zeros(self.terms, dtype=self.wide, device=self.device)
         return outputs.view(len(batches), self.terms).sum(0)
+
+    def _key(self, batches: Sequence[Batch], *, training: bool) -> _Key:
+        ids = _shape(batches)
+        between = tuple(self.activation({name: tensor.shape for name, tensor in batches[0].items()}))
+        return _Key(ids, between, len(batches), training)
 
     def _inputs(self, batches: Sequence[Batch]) -> tuple[Tensor, ...]:
         return (torch.cat([batch["input_ids"] for batch in batches]),) if 0 in self.modules else ()
@@ -138,9 +144,7 @@ class Pipeline:
     def _stage(self, index: int, key: _Key) -> _Stage:
         """torch's description of a stage, with all shapes."""
         last = index == self.num_stages - 1
-        between = torch.empty(
-            tuple(self.activation(key.ids)), dtype=self.dtype, device="meta", requires_grad=key.training
-        )
+        between = torch.empty(key.between, dtype=self.dtype, device="meta", requires_grad=key.training)
         first = torch.empty(key.ids, dtype=torch.int64, device="meta")
         loss = torch.empty(self.terms, dtype=self.wide, device="meta", requires_grad=key.training)
         return _Stage(

@@ -99,9 +99,9 @@ class Style(nn.Module):
             parts[name] = None if parameter is None else parameter.to_local(grad_placements=[gradient])
         return parts
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any) -> Any:
         """The module's own forward pass on the local parts."""
-        return self.base.forward(Part(self, self.held()), x)
+        return self.base.forward(Part(self, self.held()), *args)
 
 
 class Stream(Style):
@@ -177,12 +177,24 @@ class HeadRows(Style):
     dims = {"weight": 0, "bias": 0}
 
 
-class Region(Style):
-    """Attention or feed-forward layer as a whole: its input is made whole for all its projections at once."""
+class RelativeHeads(Style):
+    """Vectors of each head's own that scores are made with: each rank has those of its heads."""
 
-    def forward(self, x: Tensor, **rest: Any) -> Tensor:
-        """[B, T/t or T, D] -> [B, T/t or T, D]."""
-        return self.base.forward(self, enter(x, *self.axis), **rest)
+    dims = {"content": 0, "position": 0, "segment": 0, "segments": 1}
+    needs = tuple(dims)
+    even = True
+
+
+class Region(Style):
+    """Attention or feed-forward layer as a whole: its input is made whole for all its projections at once.
+
+    Of several streams each is cut and made whole by itself.
+    """
+
+    def forward(self, *streams: Tensor | None, **rest: Any) -> Any:
+        """Each [B, T/t or T, D] -> [B, T/t or T, D]."""
+        whole = (x if x is None else enter(x, *self.axis) for x in streams)
+        return self.base.forward(self, *whole, **rest)
 
 
 class Rule(NamedTuple):
@@ -200,6 +212,8 @@ def _block_rules(block: str) -> tuple[Rule, ...]:
         Rule(f"{block}.attention.q", Column),
         Rule(f"{block}.attention.k", Column),
         Rule(f"{block}.attention.v", Column),
+        Rule(f"{block}.attention.r", Column),
+        Rule(f"{block}.attention.relative", RelativeHeads),
         Rule(f"{block}.attention.q_norm", PerHead),
         Rule(f"{block}.attention.k_norm", PerHead),
         Rule(f"{block}.attention.out", Row),
@@ -216,6 +230,7 @@ PLAN: tuple[Rule, ...] = (
     Rule("embed.positions", Stream),
     Rule("embed.token_types", Stream),
     Rule("embed.norm", Stream),
+    Rule("embed.query", Stream),
     Rule("embed.project", Stream),
     Rule("embed.generator.project", Stream),
     *_block_rules("embed.generator.blocks.*"),
@@ -303,17 +318,21 @@ def _check_plan(model: nn.Module, styles: Mapping[str, type[Style]], degree: int
         raise ValueError(f"tensor plan: no rule covers {', '.join(list(left)[:3])}{more}; add one to PLAN")
 
 
+#: What of a model's context belongs to tokens of the residual stream, each [B, T]; of a second stream, [B, P].
+OF_TOKENS = ("position_ids", "token_keys", "token_types", "places", "query_keys")
+
+
 def _own_context(build: Callable[..., Any], mesh: DeviceMesh, *args: Any, **kwargs: Any) -> Any:
     """The model's context, with what belongs to tokens of the residual stream cut to this rank's.
 
     Attention sees all tokens: its mask and rotary angles stay whole.
     """
     context = build(*args, **kwargs)
-    of_tokens = {name: getattr(context, name) for name in ("position_ids", "token_keys", "token_types")}
-    return context._replace(**{name: x if x is None else _own_tokens(x, mesh) for name, x in of_tokens.items()})
+    of_tokens = {name: getattr(context, name) for name in OF_TOKENS if name in context._fields}
+    return context._replace(**{name: x if x is None else own_tokens(x, mesh) for name, x in of_tokens.items()})
 
 
-def _own_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
+def own_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """[B, T] -> [B, T/t]."""
     length, degree = x.shape[1], mesh.size()
     if length % degree:
@@ -324,6 +343,11 @@ def _own_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
 def first_row(rows: int, mesh: DeviceMesh) -> int:
     """The first of the rows that this rank holds of a vocabulary sharded along dim 0."""
     return int(Shard.local_shard_size_and_offset(rows, mesh.size(), mesh.get_local_rank())[1])
+
+
+def all_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """[B, T/t] -> [B, T]; gradients do not pass."""
+    return gather(x.detach(), _TOKENS, mesh.get_group())
 
 
 class Vocabulary:

@@ -16,25 +16,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from shardwright.model.dropout import mix, token_keys
+from shardwright.config import ConfigError
+from shardwright.model.dropout import token_keys, uniform
 from shardwright.model.electra import Electra
-from shardwright.model.transformer import Inputs
+from shardwright.model.transformer import Inputs, LanguageModel
 from shardwright.objective.draw import draw
 from shardwright.objective.heads import Heads, at_places
+from shardwright.objective.objective import Objective
 from shardwright.objective.replaced import Replaced
 from shardwright.train.stages import Batch, LossModel
 
-_DRAW = 0xE1EC72A  # tells these numbers from those of dropout at the same place
+_DRAW = 0xE1EC72A  # tells these numbers from others of the same place
 
 
 class DraftModel(LossModel):
     """`LossModel` of an `Electra` under the objective `replaced`; activations between stages are [B, t, D + 1]."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        #: Of [B, T] the part [B, t] that travels with this rank's activations, and back; sequence parallelism sets both.
-        self.own_tokens: Callable[[Tensor], Tensor] = lambda x: x
-        self.all_tokens: Callable[[Tensor], Tensor] = lambda x: x
 
     def forward(self, x: Tensor, **batch: Tensor) -> Tensor:
         """See `LossModel`."""
@@ -78,8 +74,7 @@ def place_chance(inputs: Inputs, places: Tensor) -> Tensor:
     index = inputs.row_index
     if index is None:
         index = torch.arange(inputs.input_ids.shape[1], device=places.device)
-    keys = token_keys(inputs.seed, inputs.step, inputs.sequence, index).gather(1, places)
-    return (mix(keys ^ _DRAW).double() + 0.5) / 2**32
+    return uniform(token_keys(inputs.seed, inputs.step, inputs.sequence, index).gather(1, places), _DRAW)
 
 
 class _Attach(torch.autograd.Function):
@@ -94,3 +89,14 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor]:
         (one,) = ctx.saved_tensors
         return outer[0], one
+
+
+def build_loss_model(
+    model: LanguageModel, objective: Objective, seed: int, *, first: bool = True, last: bool = True
+) -> LossModel:
+    """The stage of a model with its objective; ConfigError where the two do not go together."""
+    drafts, replaced = isinstance(model, Electra), isinstance(objective, Replaced)
+    if replaced and not (drafts and cast(Electra, model).config.generator.layers):
+        raise ConfigError("objective.name=replaced: needs a generator; use model.family=electra with generator_layers > 0")
+    kind = DraftModel if replaced else LossModel
+    return kind(model, objective, seed, first=first, last=last)

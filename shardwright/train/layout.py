@@ -8,6 +8,7 @@ each a function of (seed, its name) alone. In one process, 1, 4 to 7 and 10 are 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -30,8 +31,9 @@ from shardwright.parallel.recompute import ROUNDING, apply_activation_offload, a
 from shardwright.parallel.refusals import Facts
 from shardwright.parallel.ring import Ring, apply_ring, check_device
 from shardwright.parallel.stages import SCHEDULES, keep_layers, layer_costs, split_layers, stage_indices
-from shardwright.parallel.tensor import apply_tensor, localize_heads
+from shardwright.parallel.tensor import all_tokens, apply_tensor, localize_heads, own_tokens
 from shardwright.parallel.zero import ShardedMasters, TiedWeight, apply_zero
+from shardwright.train.draft import build_loss_model
 from shardwright.train.optim.apex import apply_fused_norms, wants_apex
 from shardwright.train.stages import Cut, Loop, LossModel, Stages, whole
 
@@ -45,7 +47,7 @@ def build_stages(config: Config, world: World, objective: Causal) -> Stages:
         model = build_model(config.model)  # type: ignore[arg-type]
         apply_init(model, config.model, config.train.seed)  # type: ignore[arg-type]
         apply_blocks(model.to(world.device), config, world)
-        only = LossModel(model, objective, config.train.seed).train()
+        only = build_loss_model(model, objective, config.train.seed).train()
         return Stages({0: only}, Loop(only), world)
     ranges, own = _stage_layers(config, world)
     ring = _build_ring(config, world)
@@ -53,7 +55,7 @@ def build_stages(config: Config, world: World, objective: Causal) -> Stages:
     for index in own:
         model = _build_part(config, ranges[index])
         last = index == len(ranges) - 1
-        stage = LossModel(model, objective, config.train.seed, first=index == 0, last=last)
+        stage = build_loss_model(model, objective, config.train.seed, first=index == 0, last=last)
         models[index] = _spread(stage, config, world, ring)
     return Stages(models, _build_passes(config, world, models, ring), world, _build_cut(config, world))
 
@@ -145,7 +147,7 @@ def _build_part(config: Config, layers: range) -> LanguageModel:
     with torch.device("meta"):
         model = build_model(config.model)  # type: ignore[arg-type]
     names = [name for name, _ in model.layers()]
-    shared = SHARED if config.model.tied else None  # type: ignore[attr-defined]
+    shared = SHARED if config.model.ties_stages else None  # type: ignore[attr-defined]
     keep_layers(model, names[layers.start : layers.stop], shared=shared)
     return model.to(master_format(FORMATS[config.precision.compute]))
 
@@ -157,6 +159,9 @@ def _spread(stage: LossModel, config: Config, world: World, ring: Ring | None) -
     if parallel.tensor > 1:
         apply_tensor(model, world.mesh["tensor"], sequence=parallel.sequence)
         stage.localize = partial(localize_heads, mesh=world.mesh["tensor"], sequence=parallel.sequence)
+        if parallel.sequence:
+            stage.own_tokens = partial(own_tokens, mesh=world.mesh["tensor"])
+            stage.all_tokens = partial(all_tokens, mesh=world.mesh["tensor"])
     if ring is None:
         apply_context(model, world.mesh["context"])
     else:
@@ -182,15 +187,20 @@ def _build_passes(config: Config, world: World, models: dict[int, LossModel], ri
         return Loop(models[0], parallel.zero) if ring is None else Loop(models[0], parallel.zero, ring.open)
     assert ring is None, "refused in a pipeline"
     slices = parallel.tensor if parallel.sequence else 1
-    width: int = config.model.width  # type: ignore[attr-defined]
+    any_stage = next(iter(models.values()))
+
+    def between(shapes: Mapping[str, torch.Size]) -> tuple[int, int, int]:
+        rows, tokens, width = any_stage.border(shapes)
+        return rows, tokens // slices, width
+
     return Pipeline(
         models,
         schedule=parallel.schedule,
         group=mesh["pipeline"].get_group(),
         device=world.device,
         dtype=FORMATS[config.precision.compute],
-        activation=lambda ids: (ids[0], ids[1] // slices, width),
-        terms=len(next(iter(models.values())).objective.terms),
+        activation=between,
+        terms=len(any_stage.objective.terms),
     )
 
 
@@ -221,7 +231,7 @@ def build_masters(config: Config, stages: Stages) -> ShardedMasters:
                 copies.append(parameter)
             parameters.setdefault(name, parameter)
     tied = None
-    parted = config.parallel.pipeline > 1 and config.model.tied  # type: ignore[attr-defined]
+    parted = config.parallel.pipeline > 1 and config.model.ties_stages  # type: ignore[attr-defined]
     if parted:
         assert stages.world.mesh is not None
         group = build_tied_group(stages.world.mesh, config.parallel.schedule)
@@ -230,8 +240,9 @@ def build_masters(config: Config, stages: Stages) -> ShardedMasters:
 
 
 def blocks_of(model: LanguageModel) -> list[nn.Module]:
-    """The blocks of a model or stage, in order."""
-    return [module for name, module in model.layers() if name.startswith("blocks.")]
+    """The blocks of a model or stage, in order; those of an embedding that has some (ELECTRA's generator) first."""
+    inner = getattr(getattr(model.embed, "generator", None), "blocks", {}).values()
+    return [*inner, *(module for name, module in model.layers() if name.startswith("blocks."))]
 
 
 def apply_blocks(model: LanguageModel, config: Config, world: World) -> None:
