@@ -16,13 +16,12 @@ import torch
 from shardwright.data.loader import Loader
 from shardwright.data.manifest import Manifest
 from shardwright.data.order import Plan
-from shardwright.data.pack import Packing
 from shardwright.data.remote import is_remote
 from shardwright.data.shards import Shard
 from shardwright.data.stream import ValidationStream
 from shardwright.data.tokenizers import Tokenizer
 from shardwright.log import Bar, progress
-from shardwright.objective.causal import Causal
+from shardwright.objective.objective import Objective
 from shardwright.parallel.mesh import World
 from shardwright.train.stages import Batch, Stages
 
@@ -34,8 +33,10 @@ BAR_SECONDS = 2.0
 class Validation:
     """A validation split as batches of a fixed shape, the same at every evaluation."""
 
-    def __init__(self, stream: ValidationStream, packing: Packing, *, length: int, batch: int, world: World) -> None:
-        self.stream, self.packing, self.length, self.batch, self.world = stream, packing, length, batch, world
+    def __init__(
+        self, stream: ValidationStream, objective: Objective, *, length: int, batch: int, world: World
+    ) -> None:
+        self.stream, self.objective, self.length, self.batch, self.world = stream, objective, length, batch, world
 
     def batches(self, most: int | None = None, at_once: int = 1) -> Iterator[list[Batch]]:
         """This rank's batches, `at_once` at a time, until the split ends or one sequence more exceeds `most` tokens.
@@ -54,7 +55,7 @@ class Validation:
             data_size=ranks,
         )
         bar = late_progress(end * self.length, "tokens", "evaluate")
-        loader = Loader(self.stream, plan, self.packing, workers="thread", device=self.world.device)
+        loader = Loader(self.stream, plan, self.objective, workers="thread", device=self.world.device)
         with loader, bar as advance:
             for step in loader.start():
                 yield fill_up(step.micro_batches, at_once)
@@ -88,53 +89,51 @@ def late_progress(total: float, unit: str, description: str) -> Iterator[Callabl
 
 def fill_up(batches: Sequence[Batch], size: int) -> list[Batch]:
     """`size` batches: those given, then the last of them again with weights of zero."""
-    last = batches[-1]
-    empty = {name: torch.zeros_like(x) if name.endswith("weights") else x for name, x in last.items()}
+    empty = {n: torch.zeros_like(t) if n.endswith("weights") else t for n, t in batches[-1].items()}
     return [*batches, *[empty] * (size - len(batches))]
 
 
 def evaluate(
     stages: Stages, validation: Validation, most: int | None = None, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, float] | None:
-    """`val_loss`, of every term where there are several, `val_perplexity` of the tokens that are predicted.
-
-    And `val_bits_per_byte` where every token is. The host reads the device once, at the end.
+    """`val_loss` and `val_perplexity`, the loss of each term where there are several, and `val_bits_per_byte` where the
+    objective predicts every token; the host reads the device once, at the end.
 
     None where `stop`, asked before each batch and the same on every rank, says to leave.
     """
     world, device = stages.world, stages.world.device
     stages.train(False)
     stages.begin(torch.zeros((), dtype=torch.int64, device=device))
-    sums = torch.zeros(len(stages.objective.terms), dtype=torch.float64, device=device)
-    counts = torch.zeros_like(sums)
+    nats = torch.zeros(len(stages.objective.terms), dtype=torch.float64, device=device)
+    targets = torch.zeros_like(nats)
     stopped = False
     for batches in validation.batches(most, stages.passes.at_once):
         stopped = stop()
         if stopped:
             break
         batches = [stages.cut(batch) for batch in batches]
-        sums += stages.evaluate(batches)
-        counts += stages.counts(batches)
+        nats += stages.evaluate(batches).double()
+        targets += stages.counts(batches)
     stages.train(True)
     if stopped:
         return None
-    sums = world.sum(sums) / world.loss_copies
-    found = torch.stack([sums, counts]).tolist()
-    return _figures(stages.objective, found[0], found[1], validation)
+    nats = world.sum(nats) / world.loss_copies
+    return _figures(*torch.stack([nats, targets]).tolist(), validation)
 
 
-def _figures(
-    objective: Causal, sums: Sequence[float], counts: Sequence[float], validation: Validation
-) -> dict[str, float]:
-    """The numbers of an evaluation, from each term's sum and count; the first term is that of tokens."""
-    losses = {t: total / max(count, 1) for t, total, count in zip(objective.terms, sums, counts, strict=True)}
+def _figures(nats: Sequence[float], targets: Sequence[float], validation: Validation) -> dict[str, float]:
+    """The numbers of an evaluation, from the sums of each term; perplexity is of the first."""
+    terms = validation.objective.terms
+    losses = {term: n / max(t, 1) for term, n, t in zip(terms, nats, targets, strict=True)}
     first = next(iter(losses.values()))
-    figures = {"val_loss": sum(weight * losses[term] for term, weight in objective.terms.items())}
+    figures = {
+        "val_loss": sum(weight * losses[term] for term, weight in terms.items()),
+        "val_perplexity": math.exp(min(first, 700)),
+    }
     if len(losses) > 1:
-        figures |= {f"val_loss_{term}": loss for term, loss in losses.items()}
-    figures["val_perplexity"] = math.exp(min(first, 700))
-    if objective.every_token:
-        figures["val_bits_per_byte"] = sums[0] / math.log(2) / max(validation.text_bytes(counts[0]), 1)
+        figures |= {f"val_{term}_loss": loss for term, loss in losses.items()}
+    if validation.objective.every_token:
+        figures["val_bits_per_byte"] = nats[0] / math.log(2) / max(validation.text_bytes(targets[0]), 1)
     return figures
 
 

@@ -11,13 +11,14 @@ from shardwright.parallel.mesh import World
 from shardwright.train.build import build_objective, build_validation, check_corpus
 from shardwright.train.evaluate import evaluate, split_text, xz_bits_per_byte
 from shardwright.train.load import Loaded, load
-from shardwright.train.stages import Loop, LossModel, Stages
+from shardwright.train.draft import build_loss_model
+from shardwright.train.stages import Loop, Stages
 
 
 def evaluate_run(path: str | Path, data: str | None = None) -> dict[str, float]:
     """Loss, perplexity and bits per byte of a run or checkpoint on its own validation split, or that of `data`.
 
-    In float32 and uncompiled. Beside them what xz needs for the same text, where it is one local source. ConfigError
+    In float32 and uncompiled. Beside bits per byte what xz needs for the same text, if that is one local source. ConfigError
     where the run's own corpus is another now, or where a corpus was prepared with another tokenizer.
     """
     loaded = load(path)
@@ -28,7 +29,7 @@ def evaluate_run(path: str | Path, data: str | None = None) -> dict[str, float]:
     _check_tokenizers(manifests, loaded)
     check_corpus(config, manifests)
     world = World(device=next(loaded.model.parameters()).device)
-    model = LossModel(loaded.model, build_objective(config), config.train.seed)
+    model = build_loss_model(loaded.model, build_objective(config), config.train.seed)
     answer = evaluate(Stages({0: model}, Loop(model), world), build_validation(config, world))
     assert answer is not None  # nobody asked it to stop
     text = split_text(manifests, loaded.tokenizer) if "val_bits_per_byte" in answer else None

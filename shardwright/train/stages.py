@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.model.transformer import Inputs, LanguageModel
-from shardwright.objective.causal import Causal
 from shardwright.objective.cross_entropy import Head
 from shardwright.objective.heads import Heads
+from shardwright.objective.objective import Objective
 from shardwright.parallel.mesh import World
 from shardwright.parallel.zero import begin_micro_batch, reshard, sharded_modules
 
@@ -33,7 +33,7 @@ class LossModel(nn.Module):
     """
 
     def __init__(
-        self, model: LanguageModel, objective: Causal, seed: int, *, first: bool = True, last: bool = True
+        self, model: LanguageModel, objective: Objective, seed: int, *, first: bool = True, last: bool = True
     ) -> None:
         super().__init__()
         self.model, self.objective, self.seed = model, objective, seed

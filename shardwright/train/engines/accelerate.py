@@ -22,7 +22,7 @@ from shardwright.config import Config, ConfigError
 from shardwright.log import get_logger
 from shardwright.model.families import build_model
 from shardwright.model.init import apply_init
-from shardwright.objective.causal import Causal
+from shardwright.objective.objective import Objective
 from shardwright.parallel.logical import Logical
 from shardwright.parallel.mesh import World
 from shardwright.parallel.precision import FORMATS, Masters, master_format
@@ -30,6 +30,7 @@ from shardwright.parallel.zero import STAGES, ShardedMasters, begin_micro_batch,
 from shardwright.train.engines import Built
 from shardwright.train.layout import apply_blocks, blocks_of, product_format
 from shardwright.train.optim import build_optimizer
+from shardwright.train.draft import build_loss_model
 from shardwright.train.stages import Batch, Loop, LossModel, Stages
 
 OLDEST = "1.10"
@@ -93,13 +94,13 @@ def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
 
 
-def build(config: Config, world: World, objective: Causal) -> Built:
+def build(config: Config, world: World, objective: Objective) -> Built:
     """The wrapped model with its first weights. Every rank has to call it."""
     accelerator = _accelerator(world)
     model = build_model(config.model)  # type: ignore[arg-type]
     apply_init(model, config.model, config.train.seed)  # type: ignore[arg-type]
     apply_blocks(model.to(world.device), config, world)
-    root = LossModel(model, objective, config.train.seed).train()
+    root = build_loss_model(model, objective, config.train.seed).train()
     if world.size == 1:
         accelerator.prepare_model(root)
         own = Masters(model, FORMATS[config.precision.compute])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from shardwright.config import Config, ConfigError
 from shardwright.model.families import build_model
 from shardwright.model.init import apply_init, initial_value
-from shardwright.objective.causal import Causal
+from shardwright.objective.objective import Objective
 from shardwright.parallel.logical import Logical
 from shardwright.parallel.mesh import World, choose_device
 from shardwright.train.engines import Built
@@ -33,6 +33,7 @@ from shardwright.train.engines.held import Held
 from shardwright.train.engines.rows import Rows
 from shardwright.train.layout import apply_blocks
 from shardwright.train.optim import build_optimizer
+from shardwright.train.draft import build_loss_model
 from shardwright.train.stages import Batch, Loop, LossModel, Stages
 
 OLDEST = "0.19.8"  # 0.17.6 to 0.19.3 compute wrong gradients at ZeRO 2 without a word
@@ -67,7 +68,7 @@ def _check_nvme(config: Config) -> None:
         )
 
 
-def build(config: Config, world: World, objective: Causal) -> Built:
+def build(config: Config, world: World, objective: Objective) -> Built:
     """The engine around a model with its first weights. Every rank has to call it."""
     deepspeed = _load(world.device)
     from shardwright.train.engines.deepspeed_config import engine_config
@@ -77,7 +78,7 @@ def build(config: Config, world: World, objective: Causal) -> Built:
     model = build_model(config.model)  # type: ignore[arg-type]
     apply_init(model, config.model, config.train.seed)  # type: ignore[arg-type]
     apply_blocks(model.to(world.device), config, world)
-    root = LossModel(model, objective, config.train.seed).train()
+    root = build_loss_model(model, objective, config.train.seed).train()
     parameters = dict(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     own = config.optimizer.model_copy(update={"fused": "torch"})
