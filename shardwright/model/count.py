@@ -82,11 +82,19 @@ def num_flops(
     tokens. Backward is twice the forward. Embedding look-ups are free. (Kaplan et al. 2020, Chowdhery et al. 2022:
     6 N + 12 L H d T is this in full.)
     """
+    embed, block, head = layer_flops(config, length, causal=causal, predicted=predicted)
+    forward = config.layers * block + embed + head
+    return Flops(forward, 2 * forward, recomputed * block)
+
+
+def layer_flops(
+    config: TransformerConfig, length: int, *, causal: bool | None = None, predicted: float = 1.0
+) -> tuple[float, float, float]:
+    """Forward FLOPs a token of (the embedding, one block, all heads on top); arguments as of `num_flops`."""
     causal = config.causal if causal is None else causal
     keys = (length + 1) / 2 if causal else length
-    block = _block_flops(config, length, keys, predicted)
-    forward = config.layers * block + _other_flops(config, length, keys, predicted)
-    return Flops(forward, 2 * forward, recomputed * block)
+    embed = _embed_flops(config, length, keys, predicted)
+    return embed, _block_flops(config, length, keys, predicted), _head_flops(config, length, predicted)
 
 
 @singledispatch
@@ -112,29 +120,40 @@ def _(c: XLNetConfig, length: int, keys: float, predicted: float) -> float:
 
 
 @singledispatch
-def _other_flops(c: TransformerConfig, length: int, keys: float, predicted: float) -> float:
-    """Of all that is no block, a token, forward: the head on the share `predicted`."""
+def _embed_flops(c: TransformerConfig, length: int, keys: float, predicted: float) -> float:
+    """Of the layer of the embedding, a token, forward."""
+    return 0.0
+
+
+@_embed_flops.register
+def _(c: ElectraConfig, length: int, keys: float, predicted: float) -> float:
+    """Projections, and the generator with its head."""
+    own, table = c.generator, c.table_width
+    if not own.layers:
+        return _projection_flops(table, c.width)
+    blocks = own.layers * _block_flops(own, length, keys, predicted)
+    head = 2.0 * table * (own.width + c.vocab_size)
+    return _projection_flops(table, c.width) + _projection_flops(table, own.width) + blocks + predicted * head
+
+
+@singledispatch
+def _head_flops(c: TransformerConfig, length: int, predicted: float) -> float:
+    """Of the heads, a token, forward: that on tokens sees the share `predicted`."""
     return predicted * 2.0 * c.width * c.vocab_size
 
 
-@_other_flops.register
-def _(c: EncoderConfig, length: int, keys: float, predicted: float) -> float:
-    """The head's transform as well, and the head for pairs once a sequence."""
+@_head_flops.register
+def _(c: EncoderConfig, length: int, predicted: float) -> float:
+    """Its transform as well, and the head for pairs once a sequence."""
     transform = 2.0 * c.width * c.width * c.head_transform
     pairs = 2.0 * c.width * (c.width + 2) * c.sentence_head
     return predicted * (2.0 * c.width * c.vocab_size + transform) + pairs / length
 
 
-@_other_flops.register
-def _(c: ElectraConfig, length: int, keys: float, predicted: float) -> float:
-    """Projections, the head on every token, and the generator with its own."""
-    own, table = c.generator, c.table_width
-    judge = 2.0 * c.width * (c.width + 1) + _projection_flops(table, c.width)
-    if not own.layers:
-        return judge
-    drafted = 2.0 * table * (own.width + c.vocab_size)
-    blocks = own.layers * _block_flops(own, length, keys, predicted)
-    return judge + _projection_flops(table, own.width) + blocks + predicted * drafted
+@_head_flops.register
+def _(c: ElectraConfig, length: int, predicted: float) -> float:
+    """On every token, whether it was replaced."""
+    return 2.0 * c.width * (c.width + 1)
 
 
 def _projection_flops(inputs: int, outputs: int) -> float:

@@ -39,6 +39,9 @@ class Facts:
     mlp_width: int
     vocab_size: int  # 0 where it is not known yet
     attention_dropout: float = 0.0
+    generator_heads: int = 0  # of ELECTRA's generator
+    generator_mlp_width: int = 0
+    query_stream: int = 0  # tokens of XLNet's query stream
     causal: bool = True
     # The batches. `batches` holds the sequences of a step at every level of a ramp.
     length: int
@@ -183,6 +186,12 @@ def _mlp(f: Facts) -> str | None:
     return _divides("the feed-forward width", "model.mlp_width", f.mlp_width, f.tensor)
 
 
+def _generator(f: Facts) -> str | None:
+    return _divides("the generator's heads", "model.generator_heads", f.generator_heads, f.tensor) or _divides(
+        "the generator's feed-forward width", "model.generator_mlp_width", f.generator_mlp_width, f.tensor
+    )
+
+
 def _vocabulary(f: Facts) -> str | None:
     rows, degree = f.vocab_size, f.tensor
     if not rows or (degree - 1) * math.ceil(rows / degree) < rows:
@@ -196,6 +205,15 @@ def _sequence(f: Facts) -> str | None:
     return (
         f"data.sequence_length={f.length}: does not divide into parallel.context={f.context} x parallel.tensor="
         f"{f.tensor} slices; change it or use parallel.sequence=false"
+    )
+
+
+def _query_stream(f: Facts) -> str | None:
+    if f.tensor == 1 or not f.sequence or f.query_stream % f.tensor == 0:
+        return None
+    return (
+        f"parallel.tensor={f.tensor}: cuts the {f.query_stream} predicted tokens of a sequence by themselves and does not "
+        "divide them; change objective.context or use parallel.sequence=false"
     )
 
 
@@ -341,8 +359,10 @@ ROWS: tuple[Row, ...] = (
     Row("query heads", "each tensor rank has as many whole heads as the others", _heads),
     Row("key heads", "as query heads: none is copied to several ranks", _kv_heads),
     Row("feed-forward width", "tensor ranks divide it", _mlp),
+    Row("generator", "tensor ranks divide the heads and the feed-forward width of ELECTRA's generator too", _generator),
     Row("vocabulary", "each tensor rank has a row of it; it need not divide", _vocabulary),
     Row("sequence slices", "context x tensor ranks divide the sequence, unless parallel.sequence=false", _sequence),
+    Row("query stream", "tensor ranks divide XLNet's predicted tokens, unless parallel.sequence=false", _query_stream),
     Row("context chunks", "a sequence is a multiple of two chunks a context rank", _context),
     Row(
         "ring",

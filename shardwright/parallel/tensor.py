@@ -420,6 +420,9 @@ def _misfits(config: Any, degree: int, length: int | None) -> list[str]:
     if config.num_kv_heads != config.heads:
         shared["key heads"] = config.num_kv_heads
     shared["feed-forward channels"] = config.hidden_width
+    inner = getattr(config, "generator", None)
+    if inner is not None and inner.layers:
+        shared |= {"heads of the generator": inner.heads, "its feed-forward channels": inner.hidden_width}
     if length is not None:
         shared["tokens of a sequence"] = length
     reasons = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +18,15 @@ from torch.distributed.tensor import DTensor
 
 from shardwright.config import Config
 from shardwright.log import get_logger
-from shardwright.model.count import num_flops
+from shardwright.model.count import layer_flops
+from shardwright.model.electra import ElectraConfig
 from shardwright.model.families import build_model
 from shardwright.model.init import apply_init, initial_value
 from shardwright.model.transformer import LanguageModel
+from shardwright.model.xlnet import XLNetConfig
 from shardwright.objective.objective import Objective
+from shardwright.objective.setting import Setting
+from shardwright.objective.table import OBJECTIVES
 from shardwright.parallel.context import ContextRows, apply_context
 from shardwright.parallel.logical import Logical
 from shardwright.parallel.mesh import World
@@ -79,6 +84,7 @@ def build_facts(config: Config, size: int) -> Facts:
         mlp_width=model.hidden_width,  # type: ignore[attr-defined]
         vocab_size=model.vocab_size,
         attention_dropout=model.attention_dropout,  # type: ignore[attr-defined]
+        **_second_stack(config),
         causal=model.causal,  # type: ignore[attr-defined]
         length=config.data.sequence_length,
         batches=(full,) if ramp is None else (*range(ramp.start, full, ramp.increment), full),
@@ -94,6 +100,15 @@ def build_facts(config: Config, size: int) -> Facts:
         optimizer_place=optimizer_place(config),
         parameter_place=config.deepspeed.offload_parameters,
     )
+
+
+def _second_stack(config: Config) -> dict[str, int]:
+    """What tensor ranks have to share beside the stack: ELECTRA's generator, XLNet's query stream."""
+    model: Any = config.model
+    if isinstance(model, ElectraConfig) and model.generator.layers:
+        own = model.generator
+        return {"generator_heads": own.heads, "generator_mlp_width": own.hidden_width}
+    return {"query_stream": num_predictions(config) or 0} if isinstance(model, XLNetConfig) else {}
 
 
 def optimizer_place(config: Config) -> str:
@@ -133,13 +148,24 @@ def cut_layers(config: Config, replicas: int) -> tuple[list[str], list[range]]:
 
 def _costs(config: Config, replicas: int, layers: list[tuple[str, nn.Module]]) -> list[float]:
     """What each layer costs a rank in a step."""
-    length, model = config.data.sequence_length, config.model
-    tokens = config.global_batch() * length / replicas
-    head = 6.0 * model.vocab_size * model.width * tokens  # type: ignore[attr-defined]
-    blocks = num_flops(model, length).model * tokens - head  # type: ignore[arg-type]
-    each = blocks / model.layers  # type: ignore[attr-defined]
-    flops = [each if name.startswith("blocks.") else 0.0 for name, _ in layers]
+    length = config.data.sequence_length
+    each = layer_flops(config.model, length, predicted=predicted_share(config))  # type: ignore[arg-type]
+    embed, block, head = (3 * flops * config.global_batch() * length / replicas for flops in each)
+    flops = [block if name.startswith("blocks.") else embed if name == "embed" else 0.0 for name, _ in layers]
     return layer_costs(flops, [sum(p.numel() for p in m.parameters()) for _, m in layers], head_flops=head)
+
+
+def num_predictions(config: Config) -> int | None:
+    """Tokens of a sequence that are predicted, where the objective fixes their number; None where all are."""
+    length, (_, build) = config.data.sequence_length, OBJECTIVES[config.objective.name]
+    count = getattr(build(config.objective, Setting(length)), "num_predictions", None)
+    return None if count is None else int(count(length))
+
+
+def predicted_share(config: Config) -> float:
+    """Share of the tokens that are predicted."""
+    count = num_predictions(config)
+    return 1.0 if count is None else count / config.data.sequence_length
 
 
 def _build_part(config: Config, layers: range) -> LanguageModel:

@@ -16,7 +16,7 @@ from shardwright.parallel.refusals import Facts, layout_warnings
 from shardwright.parallel.stages import stage_indices
 from shardwright.train.build import build_corpus, check_length, fit_to_corpus
 from shardwright.train.course import Course
-from shardwright.train.layout import build_facts, cut_layers, num_virtual, wants_compile
+from shardwright.train.layout import build_facts, cut_layers, num_virtual, predicted_share, wants_compile
 
 
 def batch_equation(config: Config, data_size: int = 1) -> str:
@@ -43,7 +43,7 @@ def preview(config: Config, *, as_json: bool = False) -> str:
     check_layout(facts)
     model, length = config.model, config.data.sequence_length
     parameters = num_parameters(model)  # type: ignore[arg-type]
-    flops = num_flops(model, length)  # type: ignore[arg-type]
+    flops = num_flops(model, length, predicted=predicted_share(config))  # type: ignore[arg-type]
     memory = rank_memory(config, facts)
     if as_json:
         sizes = {"parameters": parameters, "flops_per_token": flops.model, "memory_bytes": memory}

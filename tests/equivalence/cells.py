@@ -30,6 +30,8 @@ BOUNDS: dict[str, dict[str, float]] = {
     "fp32": {"loss": LOSS, "norm": NORM, "weights": WEIGHTS, "validation": LOSS},
     "fp16": {"loss": 5e-4, "norm": 2e-2, "weights": 5e-3, "validation": 5e-4},
     "bf16": {"loss": 4e-3, "norm": 0.1, "weights": 2e-2, "validation": 4e-3},
+    # Where something is drawn (ELECTRA), a difference in the last bit may draw another token: float64 leaves no room.
+    "fp64": {"loss": 1e-9, "norm": 1e-8, "weights": 1e-9, "validation": 1e-9},
 }
 
 _LLAMA = {"family": "llama", "layers": 5, "width": 32, "heads": 4, "kv_heads": 2, "max_length": 64, "mlp_width": 96}
@@ -45,7 +47,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_GPT2, "tied": False, "norm_placement": "post", "embed_norm": True, "head_bias": True,
         "positions": "sinusoidal", "scale_embedding": True,
     },
+    "electra": {
+        "family": "electra", "layers": 5, "width": 32, "heads": 4, "max_length": 64, "embed_width": 24,
+        "generator_width": 16, "generator_heads": 4, "generator_layers": 2,
+    },
+    "xlnet": {"family": "xlnet", "layers": 5, "width": 32, "heads": 4, "max_length": 64},
 }  # fmt: skip
+OBJECTIVES: dict[str, dict[str, Any]] = {"electra": {"name": "replaced"}, "xlnet": {"name": "permuted"}}
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
 
@@ -157,6 +165,7 @@ SETTINGS: dict[str, Setting] = {
     # In fp16 the last rank alone spoils its gradients of one step, and every rank has to skip it.
     "fp16": Setting(("precision.compute=fp16", *_LOSS_SCALE, _SEEN), precision="fp16"),
     "bf16": Setting(("precision.compute=bf16", _SEEN), precision="bf16"),
+    "fp64": Setting(("precision.compute=fp64",), precision="fp64"),
     "dropout": Setting(("model.residual_dropout=0.1", "model.embed_dropout=0.1")),
     "recompute_full": Setting(free=("train.recompute=full",)),
     "recompute_selective": Setting(free=("train.recompute=selective",)),
@@ -306,6 +315,20 @@ CHOSEN_LLAMA: dict[str, tuple[str, ...]] = {
 }
 
 
+#: On families whose stages hold more than one stack or stream.
+CHOSEN_TWOFOLD: dict[str, tuple[str, ...]] = {
+    "plain": tuple(
+        name for name in LAYOUTS if name not in ("one", "tensor4") and not name.startswith(("data8", "hybrid"))
+    ),
+    "fp64": CORE,
+    "dropout": ("zero3", "tensor2", "context2", "pipeline2_1f1b"),
+    "recompute_full": ("zero3", "tensor2", "context2", "pipeline2_zbv"),
+    "padded": ("zero2", "data2_pipeline2_1f1b"),
+    "one_document": ("context2", "tensor2_context2"),
+    "evaluate": ("zero1", "tensor2", "context2", "pipeline2_1f1b", "pipeline2_dualpipev", EIGHT),
+}
+
+
 @cache
 def matrix() -> tuple[Cell, ...]:
     """Every cell, each once."""
@@ -315,6 +338,9 @@ def matrix() -> tuple[Cell, ...]:
     cells += [Cell("gpt2", layout, setting) for setting, layouts in CHOSEN.items() for layout in layouts]
     cells += [Cell("gpt2", "tensor4", "vocabulary"), Cell("llama_tied", "tensor2", "vocabulary")]
     cells += [Cell("llama", layout, setting) for setting, layouts in CHOSEN_LLAMA.items() for layout in layouts]
+    twofold = (Cell(shape, layout, setting) for shape in OBJECTIVES for setting, layouts in CHOSEN_TWOFOLD.items()
+               for layout in layouts)  # fmt: skip
+    cells += twofold
     return tuple(dict.fromkeys(cell for cell in cells if _fits(cell)))
 
 
@@ -335,7 +361,7 @@ def config(prepared: str | Path, run: str | Path, shape: str = "gpt2") -> dict[s
     return {
         "run": str(run),
         "model": SHAPES[shape],
-        "objective": {"name": "causal"},
+        "objective": OBJECTIVES.get(shape, {"name": "causal"}),
         "data": {"path": str(prepared), "sequence_length": 64, "workers": 0},
         "batch": {"sequences": 8, "micro": 1},
         "train": {"steps": STEPS, "compile": False, "threads": 1, "seed": 5},
