@@ -142,10 +142,14 @@ def _moments(optimizer: str, parts: dict[str, int]) -> float:
 
 def _logits(own: Sequence[StageShare], work: Work, tokens: int) -> tuple[int, int]:
     """Bytes at the loss: (those of one chunk of logits, those of the head's gradient)."""
-    if not own[-1].last:
+    shapes = {name: shape for stage in own for name, shape in stage.root.shapes.items()}
+    drafts = any(name.startswith("embed.generator.head.") for name in shapes)
+    if not (own[-1].last or drafts):
         return 0, 0
-    shapes = own[-1].root.shapes
-    rows, width = shapes["head.weight"] if "head.weight" in shapes else shapes[EMBEDDING]
+    table = next((name for name in ("head.weight", "embed.generator.head.weight", EMBEDDING) if name in shapes), None)
+    if table is None:  # the last stage of a model whose first one has the head over the vocabulary
+        return 0, 0
+    rows, width = shapes[table]
     several = tokens > CHUNK_ROWS
     gradient = (work.master_bytes if several else work.value_bytes) * rows * width
     value = 2 * work.value_bytes if work.compiled else work.value_bytes % work.master_bytes + LOOSE * work.master_bytes

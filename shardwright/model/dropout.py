@@ -42,11 +42,6 @@ def layer_keys(layers: int, device: torch.device) -> Tensor:
     return mix(torch.arange(layers + 1, dtype=torch.int64, device=device) + 0x9E3779B9)
 
 
-def uniform(keys: Tensor, purpose: int) -> Tensor:
-    """float64 numbers in (0, 1) from int64 keys of any shape; each `purpose` has its own."""
-    return (mix(keys ^ mix(torch.full_like(keys, purpose))).double() + 0.5) / 2**32
-
-
 class Dropout(nn.Module):
     """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate), in training alone.
 
@@ -69,8 +64,21 @@ class Dropout(nn.Module):
 def keep(rows: Tensor, width: int, rate: float) -> Tensor:
     """bool [B, T, D], true with probability 1 - rate, from row keys [B, T]."""
     channels = torch.arange(width, dtype=torch.int64, device=rows.device)
-    bits = _hash32(_to_int32(rows).unsqueeze(-1) ^ _to_int32(mix(channels)))
-    return (bits & 0x7FFFFFFF) >= round(rate * 2**31)
+    return _bits(rows, channels) >= round(rate * 2**31)
+
+
+def uniform(rows: Tensor, channels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers in (0, 1], multiples of 2^-31 less a half, from row keys [N] and channels' numbers [C] -> [N, C].
+
+    float32 keeps small ones as they are and rounds those near 1. Keys are to be hashed for their purpose: `mix` alone
+    is what becomes of the channels' numbers too.
+    """
+    return (_bits(rows, channels).to(dtype) + 0.5) * 2.0**-31
+
+
+def _bits(rows: Tensor, channels: Tensor) -> Tensor:
+    """31 random bits as int32 [..., C] from row keys [...] and int64 numbers of channels [C]."""
+    return _hash32(_to_int32(rows).unsqueeze(-1) ^ _to_int32(mix(channels))) & 0x7FFFFFFF
 
 
 def _hash32(x: Tensor) -> Tensor:

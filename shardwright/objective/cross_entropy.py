@@ -30,14 +30,6 @@ class VocabularyShard(Protocol):
     def start(self) -> int:
         """The first row held here."""
 
-    @property
-    def rank(self) -> int:
-        """This holder's place among them, in the order of their rows."""
-
-    @property
-    def ranks(self) -> int:
-        """Holders."""
-
     def max(self, x: Tensor) -> Tensor:
         """Element-wise maximum of x over all holders; may reuse its memory."""
 

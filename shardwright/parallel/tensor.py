@@ -355,7 +355,6 @@ class Vocabulary:
 
     def __init__(self, start: int, mesh: DeviceMesh) -> None:
         self.start, self._group = start, mesh.get_group()
-        self.rank, self.ranks = mesh.get_local_rank(), mesh.size()
 
     def max(self, x: Tensor) -> Tensor:
         """Element-wise maximum over the ranks, in place."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shardwright.config import ConfigError
-from shardwright.model.dropout import token_keys, uniform
+from shardwright.model.dropout import mix, token_keys, uniform
 from shardwright.model.electra import Electra
 from shardwright.model.transformer import Inputs, LanguageModel
 from shardwright.objective.draw import draw
@@ -64,17 +64,17 @@ class DraftModel(LossModel):
         assert heads.vocabulary is not None and heads.transform is not None
         with torch.no_grad():
             chosen = heads.transform(at_places(hidden, batch["places"]))
-            drawn = draw(chosen, heads.vocabulary, place_chance(inputs, batch["places"]))
+            drawn = draw(chosen, heads.vocabulary, place_keys(inputs, batch["places"]), uniform)
         return *objective.replace(batch, drawn), sums.sum()
 
 
-def place_chance(inputs: Inputs, places: Tensor) -> Tensor:
-    """float64 [B, P] in (0, 1): a number for each place, of (seed, step, sequence number, place in the row) alone."""
+def place_keys(inputs: Inputs, places: Tensor) -> Tensor:
+    """int64 [B, P]: a key for each place, of (seed, step, sequence number, place in the row) alone."""
     assert inputs.sequence is not None, "batches name their sequences"
     index = inputs.row_index
     if index is None:
         index = torch.arange(inputs.input_ids.shape[1], device=places.device)
-    return uniform(token_keys(inputs.seed, inputs.step, inputs.sequence, index).gather(1, places), _DRAW)
+    return mix(token_keys(inputs.seed, inputs.step, inputs.sequence, index).gather(1, places) ^ _DRAW)
 
 
 class _Attach(torch.autograd.Function):

@@ -19,13 +19,14 @@ from shardwright.interop.huggingface import (
     write_config,
 )
 from shardwright.model.count import num_parameters
+from shardwright.model.dropout import uniform
 from shardwright.model.electra import Electra, ElectraConfig
 from shardwright.model.families import build_model
 from shardwright.model.init import apply_init
 from shardwright.model.transformer import Inputs
 from shardwright.objective.replaced import Replaced, ReplacedConfig
 from shardwright.objective.setting import Setting
-from shardwright.train.draft import DraftModel, place_chance
+from shardwright.train.draft import DraftModel, place_keys
 
 transformers = pytest.importorskip("transformers")
 
@@ -123,7 +124,7 @@ def test_logits_loss_and_gradients_equal(case: str, folder: str, length: int) ->
 def test_both_terms_are_those_of_their_two_heads(case: str) -> None:
     """The whole step: the generator's loss, tokens drawn from its softmax, the discriminator's loss on them.
 
-    Their generator's logits are drawn from by numpy, with the numbers of each place.
+    Their generator's softmax is drawn from by numpy, with the same numbers: the token that arrives first.
     """
     ours, batch = build_ours(case).train(), padded(33)
     objective = Replaced(ReplacedConfig(name="replaced"), Setting(length=33, vocab_size=101, specials={"mask": 3}))
@@ -147,11 +148,9 @@ def test_both_terms_are_those_of_their_two_heads(case: str) -> None:
     generator, judge, active = to_theirs(ours, "generator"), to_theirs(ours), used > 0
     logits = generator(**masked).logits.gather(1, places.unsqueeze(-1).expand(-1, -1, 101))
     first = F.cross_entropy(logits[active], whole["labels"][active])
-    numbers = place_chance(Inputs(text, sequence=whole["sequence"], step=6, seed=11), places)
-    drawn = torch.tensor(
-        [np.searchsorted(sums, number, "right") for sums, number in zip(
-            logits[active].double().softmax(-1).cumsum(-1).detach().numpy(), numbers[active].tolist(), strict=True)]
-    )  # fmt: skip
+    keys = place_keys(Inputs(text, sequence=whole["sequence"], step=6, seed=11), places)
+    times = -np.log1p(-uniform(keys[active], torch.arange(101), torch.float64).numpy())
+    drawn = torch.tensor((times / logits[active].double().softmax(-1).detach().numpy()).argmin(-1))
     filled = whole["input_ids"].index_put((torch.arange(3).repeat_interleave(5).view(3, 5)[active], places[active]), drawn)
     changed = (filled != text).long()
     second = judge(**{**batch, "input_ids": filled}, labels=changed).loss

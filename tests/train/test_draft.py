@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shardwright.config import ConfigError
 from shardwright.model.bert import BertConfig
+from shardwright.model.dropout import uniform
 from shardwright.model.electra import Electra, ElectraConfig
 from shardwright.model.families import build_model
 from shardwright.model.init import apply_init
@@ -18,7 +19,7 @@ from shardwright.objective.replaced import Replaced, ReplacedConfig
 from shardwright.objective.setting import Setting
 from shardwright.parallel.mesh import World
 from shardwright.parallel.stages import keep_layers
-from shardwright.train.draft import DraftModel, build_loss_model, place_chance
+from shardwright.train.draft import DraftModel, build_loss_model, place_keys
 from shardwright.train.stages import Loop, Stages
 
 LENGTH, PLACES, SEED = 24, 5, 3
@@ -59,17 +60,25 @@ def scales(stage: DraftModel, given: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_numbers_are_of_their_place_alone() -> None:
     ids = torch.zeros(40, 250, dtype=torch.int64)
     everywhere = torch.arange(250).expand(40, -1)
-    numbers = place_chance(Inputs(ids, sequence=torch.arange(40), seed=3, step=7), everywhere)
+    numbers = place_keys(Inputs(ids, sequence=torch.arange(40), seed=3, step=7), everywhere)
     # Another batch, another order of places.
     some, rows = torch.tensor([[17, 3], [249, 17]]), torch.tensor([39, 4])
-    again = place_chance(Inputs(ids[:2], sequence=rows, seed=3, step=7), some)
+    again = place_keys(Inputs(ids[:2], sequence=rows, seed=3, step=7), some)
     assert torch.equal(again, numbers[rows].gather(1, some))
     # A rank that has some tokens of each row counts places among them.
     part = Inputs(ids[:2, :100], sequence=rows, seed=3, step=7, row_index=torch.arange(100, 200).expand(2, -1))
-    assert torch.equal(place_chance(part, some % 100), numbers[rows].gather(1, some % 100 + 100))
+    assert torch.equal(place_keys(part, some % 100), numbers[rows].gather(1, some % 100 + 100))
     for changed in ({"seed": 4}, {"step": 8}, {"sequence": torch.arange(1, 41)}):
         other = Inputs(ids, sequence=torch.arange(40), seed=3, step=7)._replace(**changed)  # type: ignore[arg-type]
-        assert (place_chance(other, everywhere) == numbers).float().mean() < 0.01
+        assert (place_keys(other, everywhere) == numbers).float().mean() < 0.01
+
+
+def test_the_first_step_of_seed_0_draws_as_any_other() -> None:
+    """Zeros are what a hash may leave as they are: a place must not favour the token of its own number."""
+    inputs = Inputs(torch.zeros(4, 100, dtype=torch.int64), sequence=torch.arange(4))
+    keys = place_keys(inputs, torch.arange(100).expand(4, -1))
+    winners = uniform(keys.flatten(), torch.arange(100), torch.float32).argmin(-1).view(4, 100)
+    assert (winners == torch.arange(100)).sum() < 20
 
 
 def test_the_batch_around_a_sequence_does_not_matter() -> None:
