@@ -7,13 +7,14 @@ Every tensor is accounted for: what is missing, unexpected or of another shape i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardwright.model.families import FAMILIES, build_model
-from shardwright.model.family import Family, HuggingFaceMap, TensorRule
+from shardwright.model.family import Family, HuggingFaceMap, OneOf, TensorRule
 from shardwright.model.transformer import TransformerConfig
 
 _ABSENT = object()
@@ -26,7 +27,7 @@ def read_config(raw: Mapping[str, Any]) -> TransformerConfig:
     raw = {**table.defaults, **raw}
     for key, expected in table.theirs.items():
         found = _get(raw, key)
-        if found is not _ABSENT and found != expected:
+        if found is not _ABSENT and expected != found:
             raise ValueError(f"config.json: {key}={found!r} is not supported here; expected {expected!r}")
     fields: dict[str, Any] = {"family": name, **table.variants.get(_architecture(raw, table), {})}
     for field, keys in table.fields.items():
@@ -62,6 +63,7 @@ def write_config(config: TransformerConfig) -> dict[str, Any]:
             raise ValueError(f"model.{field}={filled[field]!r}: {table.architecture} has {', '.join(values)} alone")
         _put(raw, key, values[filled[field]], field)
     for key, value in table.theirs.items():
+        value = value.values[0] if isinstance(value, OneOf) else value
         if value is not None:
             _put(raw, key, value, key)
     return raw
@@ -77,12 +79,12 @@ def import_tensors(config: TransformerConfig, theirs: Mapping[str, Tensor]) -> I
         _check_tied(table, theirs, names)
     for rule in rules:
         tensor = theirs[names[rule.theirs]]
-        tensor = tensor.t() if rule.transpose else tensor
         sizes = [shapes[name][0] for name in rule.ours]
         expected = (sum(sizes), *shapes[rule.ours[0]][1:])
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{rule.theirs}: has shape {tuple(tensor.shape)}, the config says {expected}")
-        for name, part in zip(rule.ours, tensor.split(sizes), strict=True):
+        found = tuple(reversed(tensor.shape)) if rule.transpose else tuple(tensor.shape)
+        if found != expected:
+            raise ValueError(f"{rule.theirs}: has shape {found}, the config says {expected}")
+        for name, part in zip(rule.ours, rule.split(tensor, sizes, config.heads), strict=True):
             yield name, part.contiguous()
 
 
@@ -91,8 +93,7 @@ def export_tensors(config: TransformerConfig, ours: Mapping[str, Tensor]) -> Ite
     table, shapes = _map_of(FAMILIES[config.family]), _shapes(config)
     _check_names("tensors", set(shapes), set(ours), set())
     for rule in _expand(table, config.layers, shapes):
-        tensor = torch.cat([ours[name] for name in rule.ours]) if len(rule.ours) > 1 else ours[rule.ours[0]]
-        yield rule.theirs, tensor.t().contiguous() if rule.transpose else tensor.contiguous()
+        yield rule.theirs, rule.join([ours[name] for name in rule.ours], config.heads).contiguous()
 
 
 def _find_family(model_type: Any) -> tuple[str, Family]:
@@ -131,9 +132,9 @@ def _expand(table: HuggingFaceMap, layers: int, shapes: Mapping[str, torch.Size]
     rules = []
     for rule in table.tensors:
         for n in range(layers if "{n}" in rule.theirs else 1):
-            ours = tuple(name.replace("{n}", str(n)) for name in rule.ours)
+            ours = tuple(name.replace("{n}", str(n)).replace("{last}", str(layers - 1)) for name in rule.ours)
             if ours[0] in shapes:
-                rules.append(TensorRule(rule.theirs.replace("{n}", str(n)), ours, rule.transpose))
+                rules.append(replace(rule, theirs=rule.theirs.replace("{n}", str(n)), ours=ours))
     covered = {name for rule in rules for name in rule.ours}
     if missing := sorted(set(shapes) - covered):
         raise ValueError(f"{missing[0]}: {table.architecture} has no place for it")
@@ -144,8 +145,16 @@ def _their_names(table: HuggingFaceMap, theirs: Mapping[str, Tensor]) -> dict[st
     """Full name -> name as given, without buffers and with the prefix that bare stacks leave out."""
     names = [name for name in theirs if not name.endswith(table.ignored)]
     if any(name.startswith(table.prefix) for name in names):
-        return {name: name for name in names}
+        return {_renamed(table, name): name for name in names}
     return {name if name == table.tied[0] else table.prefix + name: name for name in names}
+
+
+def _renamed(table: HuggingFaceMap, name: str) -> str:
+    """A name as the rules have it."""
+    for other, ours in table.aliases.items():
+        if name.startswith(other):
+            return ours + name.removeprefix(other)
+    return name
 
 
 def _optional(table: HuggingFaceMap, config: TransformerConfig) -> set[str]:

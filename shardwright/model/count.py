@@ -14,16 +14,16 @@ from typing import NamedTuple
 import torch
 
 from shardwright.model.encoder import EncoderConfig
-from shardwright.model.families import build_model
+from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.transformer import TransformerConfig
 
 #: Part of a parameter count -> what a component of a parameter's name may be; the first part that knows one has it.
 PARTS: dict[str, tuple[str, ...]] = {
-    "norms": ("norm", "attention_norm", "mlp_norm", "q_norm", "k_norm", "final_norm"),
-    "tokens": ("tokens",),
-    "positions": ("positions", "token_types"),
+    "norms": ("norm", "attention_norm", "mlp_norm", "q_norm", "k_norm", "final_norm", "convolution_norm"),
+    "tokens": ("tokens", "projection"),
+    "positions": ("positions", "token_types", "relative"),
     "attention": ("attention",),
-    "mlp": ("mlp",),
+    "mlp": ("mlp", "convolution"),
     "head": ("head",),
 }
 
@@ -40,13 +40,19 @@ def num_parameters(config: TransformerConfig) -> dict[str, int]:
 
 def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter in the model's order, from its modules on the meta device."""
+    few = config.model_copy(update={"layers": min(config.layers, _KINDS)})
     with torch.device("meta"):
-        one = build_model(config.model_copy(update={"layers": 1}))
+        model = build_model(few)
+    alike = {f"blocks.{a[0]}.": b for a, b in zip(few.runs, config.runs, strict=True) if not config.shared_blocks}
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, parameter in one.named_parameters():
-        blocks = range(config.layers) if name.startswith("blocks.0.") else (0,)
-        shapes |= {name.replace("blocks.0.", f"blocks.{n}.", 1): tuple(parameter.shape) for n in blocks}
+    for name, parameter in model.named_parameters():
+        first = next((prefix for prefix in alike if name.startswith(prefix)), "")
+        for n in alike.get(first, (0,)):
+            shapes[f"blocks.{n}.{name.removeprefix(first)}" if first else name] = tuple(parameter.shape)
     return shapes
+
+
+_KINDS = 3  # of blocks in a stack: the first, those between, the last
 
 
 class Flops(NamedTuple):
@@ -68,9 +74,15 @@ class Flops(NamedTuple):
 
 
 def num_flops(
-    config: TransformerConfig, length: int, *, causal: bool | None = None, recomputed: int = 0, predicted: float = 1.0
+    config: TransformerConfig,
+    length: int,
+    *,
+    causal: bool | None = None,
+    recomputed: int = 0,
+    predicted: float = 1.0,
+    rows: int = 1,
 ) -> Flops:
-    """FLOPs a token at sequences of `length` tokens, `recomputed` blocks being run twice.
+    """FLOPs a token at sequences of `length` tokens, `rows` a micro-batch, `recomputed` blocks being run twice.
 
     Forward: 2 x (matrix weights of the blocks) + 2 D V for the head + L x attention, where attention is
     2 products x 2 x H d x (keys a query sees): T in full, (T + 1) / 2 on average when the causal half alone
@@ -84,28 +96,33 @@ def num_flops(
     matrices = c.width * (2 * inner + 2 * c.num_kv_heads * c.head_width)
     matrices += (3 if c.gated else 2) * c.width * c.hidden_width
     keys = (length + 1) / 2 if causal else length
-    block = 2.0 * matrices + 4.0 * inner * keys
+    extra = FAMILIES[c.family].extra(c, length, rows).flops
+    block = 2.0 * matrices + 4.0 * inner * keys + extra / c.layers
     forward = c.layers * block + _head_flops(c, length, predicted)
     return Flops(forward, 2 * forward, recomputed * block)
 
 
 def _head_flops(c: TransformerConfig, length: int, predicted: float) -> float:
     """Of the heads, a token: that of tokens on the share `predicted`, that of pairs once a sequence."""
-    tokens = 2.0 * c.width * c.vocab_size
+    tokens = 2.0 * c.token_width * c.vocab_size
     if not isinstance(c, EncoderConfig):
         return predicted * tokens
-    transform = 2.0 * c.width * c.width * c.head_transform
+    transform = 2.0 * c.width * c.token_width * c.head_transform
     pairs = 2.0 * c.width * (c.width + 2) * c.sentence_head
-    return predicted * (tokens + transform) + pairs / length
+    projection = 2.0 * c.token_width * c.width * (c.embed_width is not None)
+    return predicted * (tokens + transform) + pairs / length + projection
 
 
-def activation_bytes(config: TransformerConfig, tokens: int, *, value_bytes: int, recomputed: bool = False) -> int:
+def activation_bytes(
+    config: TransformerConfig, tokens: int, *, value_bytes: int, recomputed: bool = False, length: int | None = None
+) -> int:
     """Bytes that one block keeps for its backward pass of `tokens` tokens, of `value_bytes` a value.
 
     Values a token, without a compiler: both norms' inputs and outputs (4 D), q, k, v and the attention's output
     (2 H d + 2 K d), and of the feed-forward layer its pre-activation and the input of `down` (2 F), or gate,
     activated gate, up and their product (4 F). Plus float32 statistics: one a head (log-sum-exp), one (RMS) or two
     (mean and deviation) a norm. Dropout is recomputed from its keys but keeps a bool a value and site.
+    `length`: tokens of a sequence, the longest by default; it matters where a family keeps something for each pair.
     A recomputed block keeps its input alone. A compiled block keeps less: what is cheap it computes again. Where
     torch has no fused RMSNorm (CPU), each keeps D values more.
     """
@@ -115,4 +132,7 @@ def activation_bytes(config: TransformerConfig, tokens: int, *, value_bytes: int
     values = 4 * c.width + 2 * (c.heads + c.num_kv_heads) * c.head_width + (4 if c.gated else 2) * c.hidden_width
     statistics = c.heads + 2 * (2 if c.norm == "layer" else 1)
     masks = 2 * c.width if c.residual_dropout else 0
-    return tokens * (values * value_bytes + statistics * 4 + masks)
+    length = length or c.max_length
+    extra = FAMILIES[c.family].extra(c, length, max(tokens // length, 1))
+    more = (tokens * extra.values + extra.fixed) * value_bytes
+    return int(tokens * (values * value_bytes + statistics * 4 + masks) + more)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardwright.model import bert, gpt2, gpt3, llama, roberta
+from shardwright.model import albert, bert, crammed, deberta, gpt2, gpt3, llama, roberta
 from shardwright.model.family import Family
 from shardwright.model.transformer import LanguageModel, TransformerConfig
 
@@ -12,6 +12,10 @@ FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
     "bert": bert.FAMILY,
     "roberta": roberta.FAMILY,
+    "albert": albert.FAMILY,
+    "deberta": deberta.FAMILY,
+    "deberta_v2": deberta.FAMILY_V2,
+    "crammed": crammed.FAMILY,
 }
 
 

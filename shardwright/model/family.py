@@ -5,9 +5,12 @@ A family's own file makes one `Family`; families.py merges them into a table; in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from shardwright.model.transformer import LanguageModel, TransformerConfig
 
@@ -16,12 +19,45 @@ from shardwright.model.transformer import LanguageModel, TransformerConfig
 class TensorRule:
     """One tensor of theirs is ours laid one after the other along dim 0, and transposed if so said.
 
-    `{n}` in a name stands for the number of a layer.
+    `by_heads`: within each head of theirs, one after the other. `{n}` in a name stands for the number of a layer,
+    `{last}` for that of the last one.
     """
 
     theirs: str
     ours: tuple[str, ...]
     transpose: bool = False
+    by_heads: bool = False
+
+    def split(self, theirs: Tensor, sizes: Sequence[int], heads: int) -> tuple[Tensor, ...]:
+        """Ours, so many rows each, out of theirs."""
+        tensor = theirs.t() if self.transpose else theirs
+        if not self.by_heads:
+            return tensor.split(list(sizes))
+        parts = tensor.unflatten(0, (heads, -1)).split([size // heads for size in sizes], dim=1)
+        return tuple(part.flatten(0, 1) for part in parts)
+
+    def join(self, ours: Sequence[Tensor], heads: int) -> Tensor:
+        """Theirs of ours."""
+        if self.by_heads:
+            tensor = torch.cat([part.unflatten(0, (heads, -1)) for part in ours], dim=1).flatten(0, 1)
+        else:
+            tensor = torch.cat(list(ours)) if len(ours) > 1 else ours[0]
+        return tensor.t() if self.transpose else tensor
+
+
+class OneOf:
+    """Values that mean the same to us; the first is what we write."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __eq__(self, other: object) -> bool:
+        return other in self.values
+
+    def __repr__(self) -> str:
+        return repr(self.values[0])
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def weight_and_bias(theirs: str, ours: str) -> tuple[TensorRule, TensorRule]:
@@ -39,10 +75,13 @@ class HuggingFaceMap:
     shifts: our config field -> how much greater theirs is.
     values: our config field -> (their key, {our value: their value}).
     ours: config fields of ours that their format cannot say otherwise.
-    theirs: their keys that must have these values, or be absent.
+    theirs: their keys that must have these values (one of `OneOf`), or be absent.
     defaults: what their keys are where a config.json leaves them out.
     tensors: every tensor. tied: their head and embedding, one tensor where the head is tied.
     prefix: what the names lack in checkpoints of the bare stack. ignored: endings of buffers that carry nothing.
+    aliases: beginnings of their names that other versions use -> those of `tensors`.
+    lacks: our fields as their code computes them, where it lacks a part whose weights it carries; what they compute is
+    to be compared with that.
     """
 
     architecture: str
@@ -58,6 +97,16 @@ class HuggingFaceMap:
     tied: tuple[str, str] = ("", "")
     prefix: str = ""
     ignored: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    lacks: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Extra(NamedTuple):
+    """What a family's blocks cost beyond those that count.py knows."""
+
+    flops: float = 0.0  # of a token's forward pass through the model
+    values: float = 0.0  # that a block keeps for its backward pass, a token
+    fixed: float = 0.0  # that it keeps whatever the number of tokens
 
 
 @dataclass(frozen=True)
@@ -67,3 +116,5 @@ class Family:
     config: type[TransformerConfig]
     build: Callable[[Any], LanguageModel]
     huggingface: HuggingFaceMap | None = None
+    #: (config, tokens of a sequence, sequences of a micro-batch) -> what `count` has to add.
+    extra: Callable[[Any, int, int], Extra] = lambda config, length, rows: Extra()

@@ -19,7 +19,7 @@ from shardwright.model.transformer import TransformerConfig
 # (config, last part of the name such as "q" or "tokens", shape) -> standard deviation.
 Scheme = Callable[[TransformerConfig, str, torch.Size], float]
 
-EMBEDDINGS = ("tokens", "positions", "token_types")
+EMBEDDINGS = ("tokens", "positions", "token_types", "table")
 RESIDUAL = ("out", "down")  # what adds to the residual stream
 
 
@@ -83,6 +83,8 @@ def initial_value(config: TransformerConfig, name: str, shape: torch.Size, seed:
         return torch.zeros(shape)
     if part.endswith("norm"):
         return torch.ones(shape)
+    if leaf == "scale":  # of sinusoidal positions (Hua et al. 2022)
+        return torch.full(shape, config.width**-0.5)
     std = SCHEMES[config.init](config, part, shape)
     value = torch.empty(shape)
     if config.init == "xavier" and part not in EMBEDDINGS:

@@ -1,19 +1,33 @@
 """What tells a token where it stands: sinusoidal vectors and rotary angles, computed from positions.
 
-Both are pure functions of the positions, so there is no table to store, to shard or to rebuild
-after a model was made on the meta device. Shapes: B batch (or 1), T tokens, D width, H heads, d head width.
+Both are pure functions of the positions, so there is no table to store, to shard or to rebuild after a model was made
+on the meta device; sinusoids may have a learned scale. Shapes: B batch (or 1), T tokens, D width, H heads,
+d head width.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def sinusoidal(positions: Tensor, width: int) -> Tensor:
     """float32 vectors [B, T, D] of positions [B, T]: sines in even channels, cosines in odd (Vaswani et al. 2017)."""
     angles = _angles(positions, width, 10000.0)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+
+class ScaledSinusoids(nn.Module):
+    """Sinusoidal vectors times one learned number, at first 1 / sqrt(D) (Hua et al. 2022, FLASH)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.scale = nn.Parameter(torch.full((1,), width**-0.5))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D]."""
+        return self.scale * sinusoidal(positions, self.width).to(self.scale.dtype)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, D width, V vocabulary, S keys (T, or more with a cach
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -33,6 +33,8 @@ class TransformerConfig(ModelConfig):
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {}
     #: Whether no token sees a later one.
     causal: ClassVar[bool] = True
+    #: Whether all blocks are one, run `layers` times.
+    shared_blocks: ClassVar[bool] = False
 
     size: str | None = meaning(None, "A published size of the family; fields given beside it win")
     layers: int = meaning(12, "Blocks", ge=1)
@@ -43,7 +45,7 @@ class TransformerConfig(ModelConfig):
     mlp_width: int | None = meaning(None, "Feed-forward width; null is 4 x width, or 8/3 rounded up if gated", ge=1)
     max_length: int = meaning(1024, "Longest sequence", ge=1)
     position_offset: int = meaning(0, "Rows of the learned positions that come before the first one's", ge=0)
-    positions: Literal["learned", "sinusoidal", "rotary", "none"] = meaning("learned", "How positions enter")
+    positions: Literal["learned", "sinusoidal", "scaled", "rotary", "none"] = meaning("learned", "How positions enter")
     rope_theta: float = meaning(10000.0, "Base of the rotary angles", gt=0)
     norm: Literal["layer", "rms"] = meaning("layer", "Kind of norm")
     norm_eps: float = meaning(1e-5, "Added to the variance", gt=0)
@@ -84,8 +86,8 @@ class TransformerConfig(ModelConfig):
             raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_width}")
-        if self.positions == "sinusoidal" and self.width % 2:
-            raise ValueError(f"sinusoidal positions need an even width, not {self.width}")
+        if self.positions in ("sinusoidal", "scaled") and self.token_width % 2:
+            raise ValueError(f"sinusoidal positions need an even width, not {self.token_width}")
         return self
 
     @property
@@ -104,6 +106,16 @@ class TransformerConfig(ModelConfig):
         if self.mlp_width:
             return self.mlp_width
         return 256 * math.ceil(8 * self.width / 3 / 256) if self.gated else 4 * self.width
+
+    @property
+    def token_width(self) -> int:
+        """Width of token vectors: that of the residual stream, unless an embedding is factorised."""
+        return self.width
+
+    @property
+    def runs(self) -> tuple[range, ...]:
+        """The numbers of the blocks, in runs of blocks that are alike."""
+        return (range(self.layers),)
 
     @property
     def gated(self) -> bool:
@@ -143,6 +155,11 @@ class Context(NamedTuple):
     token_keys: Tensor | None = None  # [B, T] int64, where dropout is on
     layer_keys: Tensor | None = None  # [layers + 1] int64; a block is handed its own, so this is None there
     token_types: Tensor | None = None  # [B, T] int64, of the residual stream as position_ids are
+    relative: Tensor | None = None  # [2R, D] vectors of relative distances
+    distances: Tensor | None = (
+        None  # [B or 1, T, S] int64, the row of `relative` that a query's distance from a key has
+    )
+    near: Tensor | None = None  # [B, T, N] bool, which of the N neighbours of a token a convolution may see
 
 
 class Embed(nn.Module):
@@ -150,14 +167,17 @@ class Embed(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.width)
-        learned = config.positions == "learned"
-        rows = config.max_length + config.position_offset
-        self.positions = nn.Embedding(rows, config.width) if learned else None
+        width = config.token_width
+        self.tokens = nn.Embedding(config.vocab_size, width)
+        self.positions: nn.Module | None = None
+        if config.positions == "learned":
+            self.positions = nn.Embedding(config.max_length + config.position_offset, width)
+        elif config.positions == "scaled":
+            self.positions = position.ScaledSinusoids(width)
         self.offset = config.position_offset
         self.sinusoidal = config.positions == "sinusoidal"
         self.scale = math.sqrt(config.width) if config.scale_embedding else 1.0
-        self.norm = build_stack_norm(config) if config.embed_norm else None
+        self.norm = build_stack_norm(config, width) if config.embed_norm else None
         self.dropout = Dropout(config.embed_dropout, site=0)
 
     def look_up(self, input_ids: Tensor, context: Context) -> Tensor:
@@ -183,7 +203,15 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.attention_norm = build_stack_norm(config)
-        self.attention = Attention(
+        self.attention = self.build_attention(config)
+        self.mlp_norm = build_stack_norm(config)
+        self.mlp = MLP(config.width, config.hidden_width, config.activation, bias=config.mlp_bias)
+        self.attention_dropout = Dropout(config.residual_dropout, site=1)
+        self.mlp_dropout = Dropout(config.residual_dropout, site=2)
+
+    def build_attention(self, config: Any) -> nn.Module:
+        """What lets tokens see each other."""
+        return Attention(
             config.width,
             config.heads,
             config.num_kv_heads,
@@ -194,10 +222,6 @@ class Block(nn.Module):
             norm_eps=config.norm_eps,
             dropout=config.attention_dropout,
         )
-        self.mlp_norm = build_stack_norm(config)
-        self.mlp = MLP(config.width, config.hidden_width, config.activation, bias=config.mlp_bias)
-        self.attention_dropout = Dropout(config.residual_dropout, site=1)
-        self.mlp_dropout = Dropout(config.residual_dropout, site=2)
 
     def attend(self, x: Tensor, context: Context, layer_key: Tensor | None, cache: LayerCache | None) -> Tensor:
         """What attention adds to the residual stream."""
@@ -235,9 +259,9 @@ class LanguageModel(nn.Module):
         if config.vocab_size < 1:
             raise ValueError("model.vocab_size=0: fill in the tokenizer's size before the model is built")
         self.config = config
-        block = Block if config.norm_placement == "pre" else PostNormBlock
         self.embed: Embed | None = self.build_embed(config)
-        self.blocks = nn.ModuleDict({str(n): block(config) for n in range(config.layers)})
+        count = 1 if config.shared_blocks else config.layers
+        self.blocks = nn.ModuleDict({str(n): self.build_block(config, n) for n in range(count)})
         # A post-norm stack ends in a norm already.
         self.final_norm: nn.Module | None = build_stack_norm(config) if config.norm_placement == "pre" else None
         self.head: Head | None = self.build_head(config)
@@ -245,6 +269,10 @@ class LanguageModel(nn.Module):
     def build_embed(self, config: Any) -> Embed:
         """What makes vectors of ids."""
         return Embed(config)
+
+    def build_block(self, config: Any, number: int) -> nn.Module:
+        """One block."""
+        return Block(config) if config.norm_placement == "pre" else PostNormBlock(config)
 
     def build_head(self, config: Any) -> Head | None:
         """What the head has of its own, None where that is nothing."""
@@ -256,6 +284,12 @@ class LanguageModel(nn.Module):
         parts += [(f"blocks.{n}", block) for n, block in self.blocks.items()]
         parts += [("final_norm", self.final_norm), ("head", self.head)]
         return [(name, module) for name, module in parts if module is not None]
+
+    def steps(self) -> Iterator[tuple[int, nn.Module]]:
+        """The blocks in the order in which they are run, each with the number of its layer."""
+        if not self.config.shared_blocks:
+            return ((int(name), block) for name, block in self.blocks.items())
+        return ((layer, block) for layer in range(self.config.layers) for block in self.blocks.values())
 
     def context(self, inputs: Inputs, cache: Cache | None = None) -> Context:
         """What the blocks share, from inputs alone: every part of a model can build it for itself."""
@@ -288,8 +322,8 @@ class LanguageModel(nn.Module):
         if context.mask is not None and x.device.type == "cpu":
             # CPU kernels want an additive mask: turn it over once, not once a block.
             context = context._replace(mask=as_bias(context.mask, x.dtype))
-        for n, (name, block) in enumerate(self.blocks.items()):
-            key = None if keys is None else keys[int(name) + 1]
+        for n, (layer, block) in enumerate(self.steps()):
+            key = None if keys is None else keys[layer + 1]
             x = block(x, context, key, None if cache is None else cache.layers[n])
         return x if self.final_norm is None else self.final_norm(x)
 
@@ -341,15 +375,17 @@ class Head(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        shape = (config.vocab_size, config.width)
+        shape = (config.vocab_size, config.token_width)
         self.weight = None if config.tied else nn.Parameter(torch.empty(shape).normal_(std=0.02))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
         self.transform: nn.Module | None = None
 
 
-def build_stack_norm(config: TransformerConfig) -> nn.Module:
-    """A norm of the residual stream."""
-    return build_norm(config.norm, config.width, eps=config.norm_eps, weight=config.norm_weight, bias=config.norm_bias)
+def build_stack_norm(config: TransformerConfig, width: int | None = None) -> nn.Module:
+    """A norm of the residual stream, or of what else is so wide."""
+    return build_norm(
+        config.norm, width or config.width, eps=config.norm_eps, weight=config.norm_weight, bias=config.norm_bias
+    )
 
 
 def build_mask(inputs: Inputs, past: int, causal: bool) -> tuple[Tensor | None, bool]:
