@@ -41,19 +41,37 @@ class DisentangledCore(Core):
         """q [B, H, T, d], k and v [B, H, S, d], mask [B, 1, T, S] bool or additive, distances [B or 1, T, S] rows of
         position_k and position_q [2R, H, d] -> [B, H, T, d].
         """
-        assert not causal, "the mask decoder's queries see their own positions' keys, so no order is kept"
+        assert not causal, "distances go both ways"
         assert self.scale is not None
-        to_position = _pick(torch.einsum("bhtd,rhd->bhtr", q, position_k), distances)
-        from_position = _pick(torch.einsum("bhsd,rhd->bhsr", k, position_q), distances.transpose(-1, -2))
+        to_position = _Pick.apply(torch.einsum("bhtd,rhd->bhtr", q, position_k), distances)
+        from_position = _Pick.apply(torch.einsum("bhsd,rhd->bhsr", k, position_q), distances.transpose(-1, -2))
         bias = (to_position + from_position.transpose(-1, -2)) * self.scale
         if mask is not None:
             bias = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
         return super().forward(q, k, v, bias, False)
 
 
-def _pick(scores: Tensor, rows: Tensor) -> Tensor:
-    """Of scores [B, H, X, 2R] those in `rows` [B or 1, X, Y] -> [B, H, X, Y]."""
-    return scores.gather(-1, rows.unsqueeze(1).expand(*scores.shape[:3], rows.shape[-1]))
+class _Pick(torch.autograd.Function):
+    """torch's gather, without the scores that it would keep for their shape alone: as many as attention's own."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, rows: Tensor) -> Tensor:
+        """Of scores [B, H, X, 2R] those in `rows` [B or 1, X, Y] -> [B, H, X, Y]."""
+        ctx.save_for_backward(rows)
+        ctx.size = scores.shape[-1]
+        return scores.gather(-1, _for_heads(rows, scores))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """A row gets the sum of what was picked from it."""
+        (rows,) = ctx.saved_tensors
+        zeros = grad.new_zeros(*grad.shape[:-1], ctx.size)
+        return zeros.scatter_add(-1, _for_heads(rows, grad), grad), None
+
+
+def _for_heads(rows: Tensor, like: Tensor) -> Tensor:
+    """[B or 1, X, Y] -> [B, H, X, Y]."""
+    return rows.unsqueeze(1).expand(*like.shape[:3], rows.shape[-1])
 
 
 class DisentangledAttention(nn.Module):
@@ -214,7 +232,7 @@ class Convolution(nn.Module):
 
 
 def window(x: Tensor, near: Tensor) -> Tensor:
-    """Each token's N neighbours, itself in the middle, zeros where `near` [B, T, N] says no: [B, T, I] -> [B, T, N, I]."""
+    """[B, T, I] -> [B, T, N, I]: the N neighbours of each token, itself in the middle, zeros where `near` says no."""
     size = near.shape[-1]
     padded = nn.functional.pad(x, (0, 0, size // 2, size - 1 - size // 2))
     return padded.unfold(1, size, 1).transpose(-1, -2) * near.unsqueeze(-1)
