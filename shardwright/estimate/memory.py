@@ -106,7 +106,8 @@ def _spread(
     held = value * (root if lets_go else full)
     tokens = work.micro_batch * work.length // layout.context
     inside = in_flight(layout, place.pipeline, work.micro_batches) / layout.virtual
-    kept, fewer, whole = _activations(model, layout, work, len(blocks), inside)
+    runs = len(blocks) * (model.layers if model.shared_blocks else 1)
+    kept, fewer, whole = _activations(model, layout, work, runs, inside)
     chunk, head = _logits(own, work, tokens)
     following = value * block * lets_go  # gathered ahead
     sent = wide * root * (each and earlier)  # FSDP keeps what it reduced last until it reduces again

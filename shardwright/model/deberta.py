@@ -126,8 +126,8 @@ def extra_cost(config: DebertaConfig, length: int, rows: int) -> Extra:
     """What disentangled attention costs beyond plain attention. Symbols as in count.py; R rows of the table each way.
 
     Per token and block: 2 products of H d x 2R, and, once for all rows of a micro-batch, the table's 2 projections of
-    2R x D x H d. The mask decoder is one more pass through a block; the convolution a product of N D x D. Kept, as torch
-    does it on a CPU: queries and keys twice, and probabilities in place of their log-sum-exp; both projections.
+    2R x D x H d. The mask decoder is one more pass through a block; the convolution a product of N D x D. Kept, as
+    torch does it on a CPU: queries and keys twice, probabilities in place of their log-sum-exp, both projections.
     """
     inner, table = config.heads * config.head_width, 2 * config.span
     matrices = config.width * 4 * inner + (3 if config.gated else 2) * config.width * config.hidden_width

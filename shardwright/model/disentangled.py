@@ -222,30 +222,40 @@ class Convolution(nn.Module):
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
+        self.window = Window()
         self.weight = nn.Parameter(torch.empty(width, width, kernel).normal_(std=0.02))
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor, near: Tensor) -> Tensor:
         """x [B, T, inputs], near [B, T, N] -> [B, T, D]."""
-        y = nn.functional.linear(window(x, near).flatten(2), self.weight.transpose(1, 2).flatten(1))
+        y = nn.functional.linear(self.window(x, near).flatten(2), self.weight.transpose(1, 2).flatten(1))
         return y if self.bias is None else y + self.bias
 
 
-def window(x: Tensor, near: Tensor) -> Tensor:
-    """[B, T, I] -> [B, T, N, I]: the N neighbours of each token, itself in the middle, zeros where `near` says no."""
-    size = near.shape[-1]
-    padded = nn.functional.pad(x, (0, 0, size // 2, size - 1 - size // 2))
-    return padded.unfold(1, size, 1).transpose(-1, -2) * near.unsqueeze(-1)
+class Window(nn.Module):
+    """What a convolution sees of each token; a module, so that a layout may put another in its place."""
+
+    def forward(self, x: Tensor, near: Tensor) -> Tensor:
+        """[B, T, I] -> [B, T, N, I]: the N places around each token, in order, zeros where `near` says no."""
+        size = near.shape[-1]
+        padded = nn.functional.pad(x, (0, 0, size // 2, size - 1 - size // 2))
+        return padded.unfold(1, size, 1).transpose(-1, -2) * near.unsqueeze(-1)
 
 
 def near_tokens(inputs: Inputs, size: int) -> Tensor:
     """bool [B, T, N]: which of the N places around each token are in its row and document, and no padding."""
-    ids, documents = inputs.input_ids, inputs.documents
-    kind = torch.zeros_like(ids) if documents is None else documents
-    real = torch.ones_like(ids) if inputs.attention_mask is None else inputs.attention_mask
-    around = [window(x.unsqueeze(-1), torch.ones(*ids.shape, size, dtype=torch.bool, device=ids.device)).squeeze(-1)
-              for x in (real, kind)]  # fmt: skip
-    return (around[0] != 0) & (around[1] == kind.unsqueeze(-1))
+    ids, index = inputs.input_ids, inputs.row_index
+    own = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if index is None else index.expand_as(ids)
+    length = ids.shape[1] if inputs.key_index is None else inputs.key_index.shape[1]
+    around = own.unsqueeze(-1) + torch.arange(-(size // 2), size - size // 2, device=ids.device)
+    near = (around >= 0) & (around < length)
+    places = around.clamp(0, length - 1).flatten(1)
+    if inputs.documents is not None:
+        every = inputs.documents if inputs.key_documents is None else inputs.key_documents
+        near &= every.gather(1, places).view_as(around) == inputs.documents.unsqueeze(-1)
+    if inputs.attention_mask is not None:
+        near &= inputs.attention_mask.bool().gather(1, places).view_as(around)
+    return near
 
 
 class ConvolvedBlock(DisentangledBlock):

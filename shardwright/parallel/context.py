@@ -13,8 +13,10 @@ Shapes: B batch, T tokens of a row, S keys (= T), H heads, K key heads, d head w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -100,8 +102,20 @@ class ContextCore(nn.Module):
         self.inner, self.mesh = inner, mesh
         self.size, self.index = mesh.size(), mesh.get_local_rank()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """Own q [B, H, T/c, d], k and v [B, K, T/c, d]; mask [B, 1, T/c, T], keys in order -> [B, H, T/c, d]."""
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        pairs: Tensor | None = None,
+        *rest: Any,
+    ) -> Tensor:
+        """Own q [B, H, T/c, d], k and v [B, K, T/c, d]; mask [B, 1, T/c, T], keys in order -> [B, H, T/c, d].
+
+        `pairs` [B, T/c, T]: what else `inner` is told of own queries and all keys; `rest` goes on to it.
+        """
         assert mask is not None, "own rows need their mask: give the model row_index and key_index"
         chunk = q.shape[2] // 2
         keys = self._gather(torch.stack([k, v]), chunk)
@@ -110,7 +124,8 @@ class ContextCore(nn.Module):
             rows = slice(part * chunk, (part + 1) * chunk)
             seen = place + 1 if causal else 2 * self.size  # chunks after a causal query's own are hidden anyway
             k, v = torch.cat(keys[:seen], dim=3).unbind(0)
-            outputs.append(self.inner(q[:, :, rows], k, v, mask[:, :, rows, : seen * chunk], causal))
+            told = () if pairs is None else (pairs[:, rows, : seen * chunk], *rest)
+            outputs.append(self.inner(q[:, :, rows], k, v, mask[:, :, rows, : seen * chunk], causal, *told))
         return torch.cat(outputs, dim=2)
 
     def _gather(self, own: Tensor, chunk: int) -> list[Tensor]:
@@ -118,6 +133,24 @@ class ContextCore(nn.Module):
         whole = gather(own.unsqueeze(0), 0, self.mesh.get_group())
         early, late = zip(*(part.split(chunk, dim=3) for part in whole.unbind(0)), strict=True)
         return [*early, *reversed(late)]
+
+
+class ContextWindow(nn.Module):
+    """Stands where a convolution looks for the neighbours of its tokens: some of them are other ranks' tokens."""
+
+    def __init__(self, inner: nn.Module, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.inner, self.mesh = inner, mesh
+
+    def forward(self, x: Tensor, near: Tensor) -> Tensor:
+        """Own x [B, T/c, I], near [B, T/c, N] -> [B, T/c, N, I], zeros where `near` says no."""
+        chunk, size = x.shape[1] // 2, near.shape[-1]
+        whole = gather(x.unsqueeze(0), 0, self.mesh.get_group())
+        early, late = zip(*(part.split(chunk, dim=1) for part in whole.unbind(0)), strict=True)
+        row = F.pad(torch.cat([*early, *reversed(late)], dim=1), (0, 0, size // 2, size - 1 - size // 2))
+        places = own_chunks(self.mesh.size(), self.mesh.get_local_rank())
+        parts = [row[:, place * chunk : (place + 1) * chunk + size - 1].unfold(1, size, 1) for place in places]
+        return torch.cat(parts, dim=1).transpose(-1, -2) * near.unsqueeze(-1)
 
 
 def apply_context(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -129,12 +162,13 @@ def apply_context(model: nn.Module, mesh: DeviceMesh) -> None:
     if mesh.size() == 1:
         return
     replace_cores(model, lambda core: ContextCore(core, mesh))
+    replace_cores(model, lambda window: ContextWindow(window, mesh), "window")
 
 
-def replace_cores(model: nn.Module, build: Callable[[nn.Module], nn.Module]) -> None:
-    """Put what `build` makes of the core of every attention in its place."""
+def replace_cores(model: nn.Module, build: Callable[[nn.Module], nn.Module], name: str = "core") -> None:
+    """Put what `build` makes of the core of every attention in its place, or of another part by its name."""
     for module in list(model.modules()):
-        core = getattr(module, "core", None)
+        core = getattr(module, name, None)
         if isinstance(core, nn.Module):
             assert not hasattr(core, "inner"), "applied twice"
-            module.core = build(core)
+            setattr(module, name, build(core))

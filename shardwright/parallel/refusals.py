@@ -40,6 +40,7 @@ class Facts:
     vocab_size: int  # 0 where it is not known yet
     attention_dropout: float = 0.0
     causal: bool = True
+    shared_blocks: bool = False  # all blocks are one, which counts once among `layers`
     # The batches. `batches` holds the sequences of a step at every level of a ramp.
     length: int
     batches: tuple[int, ...]
@@ -140,11 +141,21 @@ def _stages(f: Facts) -> str | None:
 
 def _layers(f: Facts) -> str | None:
     stages = f.pipeline * f.stages
-    if f.pipeline == 1 or stages <= f.layers:
+    if f.pipeline == 1 or stages <= f.layers or f.shared_blocks:
         return None
     return (
         f"parallel.pipeline={f.pipeline}: {stages} stages cannot be cut from {f.layers} parts (embedding, blocks, "
         "final norm, head)"
+    )
+
+
+def _shared_blocks(f: Facts) -> str | None:
+    stages = f.pipeline * f.stages
+    if f.pipeline == 1 or stages <= f.layers or not f.shared_blocks:
+        return None
+    return (
+        f"parallel.pipeline={f.pipeline}: all blocks are one, which {stages} stages would part: each would need all of "
+        "its parameters for some of the layers; use parallel.tensor, parallel.context or more data ranks"
     )
 
 
@@ -332,6 +343,7 @@ ROWS: tuple[Row, ...] = (
     Row("selective recomputation in zero-bubble", "it allows one pass back through a block, not two", _recompute),
     Row("stages of a rank", "gpipe and 1f1b: 1; zbv and dualpipev: 2; interleaved: any", _stages),
     Row("layers", "no more stages than embedding, blocks, final norm and head", _layers),
+    Row("one block for all", "a pipeline does not part a block that all layers share", _shared_blocks),
     Row(
         "micro-batches",
         "of each step, also under a ramp: 1f1b as many as ranks or more; dualpipev as many as stages or more; "

@@ -112,7 +112,7 @@ class Stream(Style):
 
 
 class PerHead(Style):
-    """Norms of single heads: replicated, but each rank sees its own heads only."""
+    """Norms of single heads, or what projections of single heads read: replicated, but each rank sees its own heads."""
 
     partial = True
 
@@ -144,12 +144,21 @@ class Row(Style):
     needs = ("weight",)
     even = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
         """[B, T, local inputs] -> [B, T/t or T, D]."""
         held = self.held()
-        y = leave(self.base.forward(Part(self, {**held, "bias": None}), x), *self.axis)
+        y = leave(self.base.forward(Part(self, {**held, "bias": None}), x, *rest), *self.axis)
         bias = held.get("bias")
         return y if bias is None else y + bias
+
+
+class Channels(Row):
+    """A convolution over tokens, of which each rank takes its own channels of all of them."""
+
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+        """[B, T/t or T, D] -> [B, T/t or T, D]."""
+        mesh = self.axis.mesh
+        return super().forward(enter(x, *self.axis).chunk(mesh.size(), dim=-1)[mesh.get_local_rank()], *rest)
 
 
 class Tokens(Style):
@@ -178,10 +187,15 @@ class HeadRows(Style):
 
 
 class Region(Style):
-    """Attention or feed-forward layer as a whole: its input is made whole for all its projections at once."""
+    """Attention or feed-forward layer as a whole: its input is made whole for all its projections at once.
+
+    So is `memory`, where keys and values come from another stream than queries.
+    """
 
     def forward(self, x: Tensor, **rest: Any) -> Tensor:
         """[B, T/t or T, D] -> [B, T/t or T, D]."""
+        if rest.get("memory") is not None:
+            rest["memory"] = enter(rest["memory"], *self.axis)
         return self.base.forward(self, enter(x, *self.axis), **rest)
 
 
@@ -197,11 +211,16 @@ PLAN: tuple[Rule, ...] = (
     Rule("embed.positions", Stream),
     Rule("embed.token_types", Stream),
     Rule("embed.norm", Stream),
+    Rule("embed.projection", Stream),
+    Rule("relative.table", PerHead),
+    Rule("relative.norm", PerHead),
     Rule("blocks.*.attention_norm", Stream),
     Rule("blocks.*.attention", Region),
     Rule("blocks.*.attention.q", Column),
     Rule("blocks.*.attention.k", Column),
     Rule("blocks.*.attention.v", Column),
+    Rule("blocks.*.attention.position_q", Column),
+    Rule("blocks.*.attention.position_k", Column),
     Rule("blocks.*.attention.q_norm", PerHead),
     Rule("blocks.*.attention.k_norm", PerHead),
     Rule("blocks.*.attention.out", Row),
@@ -210,6 +229,9 @@ PLAN: tuple[Rule, ...] = (
     Rule("blocks.*.mlp.up", Column),
     Rule("blocks.*.mlp.gate", Column),
     Rule("blocks.*.mlp.down", Row),
+    Rule("blocks.*.positions", Stream),
+    Rule("blocks.*.convolution", Channels),
+    Rule("blocks.*.convolution_norm", Stream),
     Rule("final_norm", Stream),
     Rule("head", HeadRows),
     Rule("head.transform.dense", BeforeHead),

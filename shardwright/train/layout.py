@@ -78,6 +78,7 @@ def build_facts(config: Config, size: int) -> Facts:
         vocab_size=model.vocab_size,
         attention_dropout=model.attention_dropout,  # type: ignore[attr-defined]
         causal=model.causal,  # type: ignore[attr-defined]
+        shared_blocks=model.shared_blocks,  # type: ignore[attr-defined]
         length=config.data.sequence_length,
         batches=(full,) if ramp is None else (*range(ramp.start, full, ramp.increment), full),
         micro=config.batch.micro,
@@ -133,9 +134,9 @@ def _costs(config: Config, replicas: int, layers: list[tuple[str, nn.Module]]) -
     """What each layer costs a rank in a step."""
     length, model = config.data.sequence_length, config.model
     tokens = config.global_batch() * length / replicas
-    head = 6.0 * model.vocab_size * model.width * tokens  # type: ignore[attr-defined]
-    blocks = num_flops(model, length).model * tokens - head  # type: ignore[arg-type]
-    each = blocks / model.layers  # type: ignore[attr-defined]
+    head = 6.0 * model.vocab_size * model.token_width * tokens  # type: ignore[attr-defined]
+    blocks = num_flops(model, length, rows=config.batch.micro).model * tokens - head  # type: ignore[arg-type]
+    each = blocks / sum(name.startswith("blocks.") for name, _ in layers)
     flops = [each if name.startswith("blocks.") else 0.0 for name, _ in layers]
     return layer_costs(flops, [sum(p.numel() for p in m.parameters()) for _, m in layers], head_flops=head)
 

@@ -43,7 +43,7 @@ def preview(config: Config, *, as_json: bool = False) -> str:
     check_layout(facts)
     model, length = config.model, config.data.sequence_length
     parameters = num_parameters(model)  # type: ignore[arg-type]
-    flops = num_flops(model, length)  # type: ignore[arg-type]
+    flops = num_flops(model, length, rows=config.batch.micro)  # type: ignore[arg-type]
     memory = rank_memory(config, facts)
     if as_json:
         sizes = {"parameters": parameters, "flops_per_token": flops.model, "memory_bytes": memory}

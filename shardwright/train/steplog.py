@@ -99,5 +99,5 @@ def _utilisation(config: Config, world: World, course: Course) -> Utilisation:
     peak = known_peak(device, compute)
     if peak is None and config.log.measure_peak:
         peak = measured_peak(device, compute)
-    flops = num_flops(config.model, course.length).model  # type: ignore[arg-type]
+    flops = num_flops(config.model, course.length, rows=config.batch.micro).model  # type: ignore[arg-type]
     return Utilisation(flops, peak, world.size)
