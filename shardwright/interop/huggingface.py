@@ -183,7 +183,7 @@ def _reduced(config: TransformerConfig) -> dict[str, Any]:
 
 def _filled(config: TransformerConfig) -> dict[str, Any]:
     """Derived widths as numbers."""
-    return {"kv_heads": config.num_kv_heads, "head_dim": config.head_width, "mlp_width": config.hidden_width}
+    return config.derived()
 
 
 def _get(raw: Mapping[str, Any], key: str) -> Any:

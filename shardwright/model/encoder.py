@@ -40,6 +40,7 @@ class EncoderConfig(TransformerConfig):
     head_bias: bool = meaning(True, "Bias of the head")
     token_types: int = meaning(2, "Kinds of segments that a token may be of; 0 leaves their vectors out", ge=0)
     head_transform: bool = meaning(True, "A dense layer, activation and norm before the head")
+    transform_bias: bool = meaning(True, "Bias of that dense layer")
     embed_width: int | None = meaning(None, "Width of token vectors, then projected; null is the width itself", ge=1)
     sentence_head: bool = meaning(False, "A pooler and a classifier of pairs of segments, on the first token")
     init: Literal["gpt2", "bert", "xavier", "he", "t5", "small", "fan_in"] = meaning("bert", "Initialisation")
@@ -87,7 +88,7 @@ class Transform(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.dense = Linear(config.width, config.token_width)
+        self.dense = Linear(config.width, config.token_width, bias=config.transform_bias)
         self.function = ACTIVATIONS[config.activation].function
         self.norm = build_stack_norm(config, config.token_width)
 

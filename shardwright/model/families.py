@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardwright.model import albert, bert, crammed, deberta, gpt2, gpt3, llama, roberta
+from shardwright.model import albert, bert, crammed, deberta, gpt2, gpt3, llama, modernbert, roberta
 from shardwright.model.family import Family
 from shardwright.model.transformer import LanguageModel, TransformerConfig
 
@@ -16,6 +16,7 @@ FAMILIES: dict[str, Family] = {
     "deberta": deberta.FAMILY,
     "deberta_v2": deberta.FAMILY_V2,
     "crammed": crammed.FAMILY,
+    "modernbert": modernbert.FAMILY,
 }
 
 

@@ -122,6 +122,10 @@ class TransformerConfig(ModelConfig):
         """Whether the feed-forward layer has a gate."""
         return ACTIVATIONS[self.activation].gated
 
+    def derived(self) -> dict[str, Any]:
+        """What fields that may be null come to."""
+        return {"kv_heads": self.num_kv_heads, "head_dim": self.head_width, "mlp_width": self.hidden_width}
+
     @property
     def has_dropout(self) -> bool:
         """Whether a forward pass in training needs the keys of stateless dropout."""
@@ -159,6 +163,9 @@ class Context(NamedTuple):
     distances: Tensor | None = (
         None  # [B or 1, T, S] int64, the row of `relative` that a query's distance from a key has
     )
+    local_mask: Tensor | None = None  # as `mask`, of blocks that see a window
+    local_cos: Tensor | None = None  # and their angles
+    local_sin: Tensor | None = None
     near: Tensor | None = None  # [B, T, N] bool, which of the N neighbours of a token a convolution may see
 
 
@@ -319,9 +326,7 @@ class LanguageModel(nn.Module):
         if x is None:
             assert self.embed is not None, "a part without the embedding needs the activations of the part before it"
             x = self.embed(inputs.input_ids, context, None if keys is None else keys[0])
-        if context.mask is not None and x.device.type == "cpu":
-            # CPU kernels want an additive mask: turn it over once, not once a block.
-            context = context._replace(mask=as_bias(context.mask, x.dtype))
+        context = context._replace(mask=suit_kernel(context.mask, x), local_mask=suit_kernel(context.local_mask, x))
         for n, (layer, block) in enumerate(self.steps()):
             key = None if keys is None else keys[layer + 1]
             x = block(x, context, key, None if cache is None else cache.layers[n])
@@ -386,6 +391,13 @@ def build_stack_norm(config: TransformerConfig, width: int | None = None) -> nn.
     return build_norm(
         config.norm, width or config.width, eps=config.norm_eps, weight=config.norm_weight, bias=config.norm_bias
     )
+
+
+def suit_kernel(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """A mask as attention of `x` takes it: CPU kernels want an additive one, turned over once and not once a block."""
+    if mask is None or mask.dtype != torch.bool or x.device.type != "cpu":
+        return mask
+    return as_bias(mask, x.dtype)
 
 
 def build_mask(inputs: Inputs, past: int, causal: bool) -> tuple[Tensor | None, bool]:

@@ -37,7 +37,8 @@ def build_theirs(ours: Encoder) -> torch.nn.Module:
     import transformers
 
     raw = write_config(ours.config)
-    config = transformers.AutoConfig.for_model(**raw)
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+    config = transformers.AutoConfig.for_model(**{**raw, **special})
     config._attn_implementation = "eager"
     theirs: torch.nn.Module = getattr(transformers, raw["architectures"][0])._from_config(config).eval()
     state = dict(export_tensors(ours.config, dict(ours.named_parameters())))
