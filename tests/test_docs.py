@@ -85,7 +85,8 @@ HEAD = "| key | default | allowed | what it is | role |\n|---|---|---|---|---|"
 def reference() -> str:
     """The whole page of keys."""
     model = {name: family.config.model_fields for name, family in FAMILIES.items()}
-    keys = next(iter(model.values()))
+    keys = {key: field for fields in reversed(model.values()) for key, field in fields.items()}
+    keys = {key: keys[key] for fields in model.values() for key in fields}  # in the order of the families
     parts = [
         "# Every key",
         "Written from the schema by `python tests/test_docs.py`; a test fails when it is out of date. Keys of role"
@@ -98,7 +99,7 @@ def reference() -> str:
         if section == "model":
             head = f"| key | {' | '.join(model)} | allowed | what it is |\n|---{'|---' * (len(model) + 2)}|"
             lines = (
-                f"| `model.{key}` | {' | '.join(shown(fields[key]) for fields in model.values())} "
+                f"| `model.{key}` | {' | '.join(shown(fields[key]) if key in fields else '' for fields in model.values())} "
                 f"| {allowed(keys[key].annotation) if key != 'family' else ', '.join(model)}{limits(keys[key])} "
                 f"| {keys[key].description} |"
                 for key in keys
