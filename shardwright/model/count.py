@@ -17,13 +17,12 @@ from shardwright.model.encoder import EncoderConfig
 from shardwright.model.families import build_model
 from shardwright.model.transformer import TransformerConfig
 
-
 #: Part of a parameter count -> what a component of a parameter's name may be; the first part that knows one has it.
 PARTS: dict[str, tuple[str, ...]] = {
-    "norms": ("norm", "attention_norm", "mlp_norm", "q_norm", "k_norm", "final_norm"),
+    "norms": ("norm", "attention_norm", "cross_norm", "mlp_norm", "q_norm", "k_norm", "encoder_norm", "final_norm"),
     "tokens": ("tokens",),
-    "positions": ("positions", "token_types"),
-    "attention": ("attention",),
+    "positions": ("positions", "token_types", "encoder_relative", "decoder_relative"),
+    "attention": ("attention", "cross"),
     "mlp": ("mlp",),
     "head": ("head",),
 }
@@ -42,11 +41,13 @@ def num_parameters(config: TransformerConfig) -> dict[str, int]:
 def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter in the model's order, from its modules on the meta device."""
     with torch.device("meta"):
-        one = build_model(config.model_copy(update={"layers": 1}))
+        one = build_model(config.one_of_each())
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in one.named_parameters():
-        blocks = range(config.layers) if name.startswith("blocks.0.") else (0,)
-        shapes |= {name.replace("blocks.0.", f"blocks.{n}.", 1): tuple(parameter.shape) for n in blocks}
+        first, _, rest = name.partition(".")
+        kind, _, rest = rest.partition(".")
+        names = [f"blocks.{n}.{rest}" for n in config.runs[int(kind)]] if first == "blocks" else [name]
+        shapes |= dict.fromkeys(names, tuple(parameter.shape))
     return shapes
 
 

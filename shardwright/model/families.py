@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardwright.model import bert, gpt2, gpt3, llama, roberta
+from shardwright.model import bart, bert, gpt2, gpt3, llama, roberta, t5, transformer_2017
 from shardwright.model.family import Family
 from shardwright.model.transformer import LanguageModel, TransformerConfig
 
@@ -12,6 +12,9 @@ FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
     "bert": bert.FAMILY,
     "roberta": roberta.FAMILY,
+    "t5": t5.FAMILY,
+    "bart": bart.FAMILY,
+    "transformer": transformer_2017.FAMILY,
 }
 
 

@@ -16,12 +16,16 @@ from shardwright.model.transformer import LanguageModel, TransformerConfig
 class TensorRule:
     """One tensor of theirs is ours laid one after the other along dim 0, and transposed if so said.
 
-    `{n}` in a name stands for the number of a layer.
+    `{n}` in a name stands for the number of a layer, `{m}` for that of a decoder's where there are two stacks: theirs
+    begin at 0, ours go on from the encoder's. row: theirs is a matrix of one row. when: (attribute of the config, its
+    value) that the rule is for.
     """
 
     theirs: str
     ours: tuple[str, ...]
     transpose: bool = False
+    row: bool = False
+    when: tuple[str, Any] | None = None
 
 
 def weight_and_bias(theirs: str, ours: str) -> tuple[TensorRule, TensorRule]:
@@ -37,11 +41,14 @@ class HuggingFaceMap:
     fields that it stands for; where it names some, `architecture` is among them.
     fields: our config field -> their keys (a dot goes into a section); all are written, the first found is read.
     shifts: our config field -> how much greater theirs is.
+    alike: keys of theirs that must have one value, since one field of ours stands for all of them.
     values: our config field -> (their key, {our value: their value}).
     ours: config fields of ours that their format cannot say otherwise.
     theirs: their keys that must have these values, or be absent.
     defaults: what their keys are where a config.json leaves them out.
-    tensors: every tensor. tied: their head and embedding, one tensor where the head is tied.
+    tensors: every tensor. tied: their head and embedding, one tensor where the head is tied. copies: other names of the
+    embedding, which their files may have. zero: tensors that a model without a place for them may have as zeros, and
+    what says that it has one.
     prefix: what the names lack in checkpoints of the bare stack. ignored: endings of buffers that carry nothing.
     """
 
@@ -51,11 +58,14 @@ class HuggingFaceMap:
     tensors: tuple[TensorRule, ...]
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shifts: Mapping[str, int] = field(default_factory=dict)
+    alike: tuple[tuple[str, ...], ...] = ()
     values: Mapping[str, tuple[str, Mapping[Any, Any]]] = field(default_factory=dict)
     ours: Mapping[str, Any] = field(default_factory=dict)
     theirs: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tied: tuple[str, str] = ("", "")
+    copies: tuple[str, ...] = ()
+    zero: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     ignored: tuple[str, ...] = ()
 

@@ -1,16 +1,17 @@
 """One stack of blocks with an embedding below and a head above, assembled from one typed config: the decoders.
 
 Stands on the other files of the model room; a family (gpt2.py, llama.py, ...) is a set of defaults for
-`TransformerConfig`; encoder.py adds what encoders have beyond it. What a forward pass needs beyond the activations is built once and handed to each block
-as a `Context` of tensors, so that all blocks are one compiled graph and no block reads the host.
+`TransformerConfig`; encoder.py adds what encoders have beyond it, encoder_decoder.py a second stack. What a forward
+pass needs beyond the activations is built once and handed to each block as a `Context` of tensors, so that all blocks
+are one compiled graph and no block reads the host.
 Shapes: B batch, T tokens, D width, V vocabulary, S keys (T, or more with a cache).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from shardwright.model.attention import Attention, Cache, LayerCache, as_bias, d
 from shardwright.model.dropout import Dropout, layer_keys, token_keys
 from shardwright.model.layers import ACTIVATIONS, MLP, build_norm
 
+Kind = TypeVar("Kind", bound=Attention)
 ActivationName = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh", "reglu"]
 
 
@@ -32,6 +34,8 @@ class TransformerConfig(ModelConfig):
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {}
     #: Whether no token sees a later one.
     causal: ClassVar[bool] = True
+    #: What scores of attention are multiplied by; None is 1 / sqrt(width of a head).
+    score_scale: ClassVar[float | None] = None
 
     size: str | None = meaning(None, "A published size of the family; fields given beside it win")
     layers: int = meaning(12, "Blocks", ge=1)
@@ -110,6 +114,24 @@ class TransformerConfig(ModelConfig):
         return ACTIVATIONS[self.activation].gated
 
     @property
+    def runs(self) -> tuple[range, ...]:
+        """The numbers of the blocks, in runs of blocks that are alike."""
+        return (range(self.layers),)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all kinds."""
+        return self.runs[-1].stop
+
+    def one_of_each(self) -> TransformerConfig:
+        """The same with one block of each kind."""
+        return self.model_copy(update={"layers": 1})
+
+    def derived(self) -> dict[str, int]:
+        """What fields that may be null come to."""
+        return {"kv_heads": self.num_kv_heads, "head_dim": self.head_width, "mlp_width": self.hidden_width}
+
+    @property
     def has_dropout(self) -> bool:
         """Whether a forward pass in training needs the keys of stateless dropout."""
         return self.embed_dropout > 0 or self.residual_dropout > 0
@@ -129,10 +151,20 @@ class Inputs(NamedTuple):
     key_index: Tensor | None = None  # [B, S] place in the row of each key, where more keys are seen than input_ids has
     key_documents: Tensor | None = None  # [B, S] `documents` of those keys
     token_types: Tensor | None = None  # [B, T] int64, which segment of a pair a token is of; default 0
+    # Of an encoder-decoder, whose target the tensors above are of: the same of its source, S tokens a row.
+    encoder_ids: Tensor | None = None
+    encoder_positions: Tensor | None = None
+    encoder_documents: Tensor | None = None  # a target sees the source of its own document
+    encoder_mask: Tensor | None = None
+    encoder_row_index: Tensor | None = None
+    encoder_key_index: Tensor | None = None
+    encoder_key_documents: Tensor | None = None
 
 
 class Context(NamedTuple):
     """What every block of one forward pass shares; built once by `LanguageModel.context`."""
+
+    OF_TOKENS = ("position_ids", "token_keys", "token_types")  # fields of the tokens of the residual stream
 
     position_ids: Tensor  # [B or 1, T] int64
     mask: Tensor | None = None  # [B, 1, T, S], true (or 0 against -inf) where attended; holds the causal rule too
@@ -142,6 +174,8 @@ class Context(NamedTuple):
     token_keys: Tensor | None = None  # [B, T] int64, where dropout is on
     layer_keys: Tensor | None = None  # [layers + 1] int64; a block is handed its own, so this is None there
     token_types: Tensor | None = None  # [B, T] int64, of the residual stream as position_ids are
+    cross_mask: Tensor | None = None  # [B, 1, T, S], as `mask`, of the keys that an encoder gives
+    encoder: Context | None = None  # what the blocks of the encoder share
 
 
 class Embed(nn.Module):
@@ -182,17 +216,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.attention_norm = build_stack_norm(config)
-        self.attention = Attention(
-            config.width,
-            config.heads,
-            config.num_kv_heads,
-            config.head_width,
-            qkv_bias=config.qkv_bias,
-            out_bias=config.out_bias,
-            qk_norm=config.norm if config.qk_norm else None,
-            norm_eps=config.norm_eps,
-            dropout=config.attention_dropout,
-        )
+        self.attention = build_attention(config, Attention)
         self.mlp_norm = build_stack_norm(config)
         self.mlp = MLP(config.width, config.hidden_width, config.activation, bias=config.mlp_bias)
         self.attention_dropout = Dropout(config.residual_dropout, site=1)
@@ -234,9 +258,8 @@ class LanguageModel(nn.Module):
         if config.vocab_size < 1:
             raise ValueError("model.vocab_size=0: fill in the tokenizer's size before the model is built")
         self.config = config
-        block = Block if config.norm_placement == "pre" else PostNormBlock
         self.embed: Embed | None = self.build_embed(config)
-        self.blocks = nn.ModuleDict({str(n): block(config) for n in range(config.layers)})
+        self.blocks = nn.ModuleDict({str(n): self.build_block(config, n) for n in range(config.num_blocks)})
         # A post-norm stack ends in a norm already.
         self.final_norm: nn.Module | None = build_stack_norm(config) if config.norm_placement == "pre" else None
         self.head: Head | None = self.build_head(config)
@@ -244,6 +267,10 @@ class LanguageModel(nn.Module):
     def build_embed(self, config: Any) -> Embed:
         """What makes vectors of ids."""
         return Embed(config)
+
+    def build_block(self, config: Any, number: int) -> nn.Module:
+        """One block."""
+        return Block(config) if config.norm_placement == "pre" else PostNormBlock(config)
 
     def build_head(self, config: Any) -> Head | None:
         """What the head has of its own, None where that is nothing."""
@@ -258,12 +285,21 @@ class LanguageModel(nn.Module):
 
     def context(self, inputs: Inputs, cache: Cache | None = None) -> Context:
         """What the blocks share, from inputs alone: every part of a model can build it for itself."""
-        ids, past = inputs.input_ids, cache.length if cache else 0
-        index = inputs.row_index
+        return self.with_layers(self.stream(inputs, cache.length if cache else 0, self.config.causal))
+
+    def with_layers(self, context: Context) -> Context:
+        """The same with what tells layers apart, where dropout is on."""
+        if context.token_keys is None:
+            return context
+        return context._replace(layer_keys=layer_keys(self.config.num_blocks, context.token_keys.device))
+
+    def stream(self, inputs: Inputs, past: int, causal: bool) -> Context:
+        """`context` of one stream of tokens, `past` of which a cache holds, without what tells layers apart."""
+        ids, index = inputs.input_ids, inputs.row_index
         if index is None:
             index = torch.arange(past, past + ids.shape[1], device=ids.device)
         positions = torch.atleast_2d(index) if inputs.position_ids is None else inputs.position_ids
-        mask, causal = build_mask(inputs, past, self.config.causal)
+        mask, causal = build_mask(inputs, past, causal)
         cos, sin = None, None
         if self.config.positions == "rotary":
             cos, sin = position.rotary(positions, self.config.head_width, self.config.rope_theta)
@@ -273,8 +309,11 @@ class LanguageModel(nn.Module):
         sequence = inputs.sequence
         if sequence is None:
             sequence = torch.arange(ids.shape[0], device=ids.device)
-        tokens = token_keys(inputs.seed, inputs.step, sequence, index)
-        return context._replace(token_keys=tokens, layer_keys=layer_keys(self.config.layers, ids.device))
+        return context._replace(token_keys=token_keys(inputs.seed, inputs.step, sequence, index))
+
+    def border(self, shapes: Mapping[str, torch.Size]) -> int:
+        """Tokens a row of what one stage of a pipeline hands to the next, by the shapes of a batch's arrays."""
+        return shapes["input_ids"][1]
 
     def hidden(self, inputs: Inputs, x: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Activations [B, T, D] after the final norm; `x` [B, T, D] enters where an earlier stage left off."""
@@ -284,13 +323,15 @@ class LanguageModel(nn.Module):
         if x is None:
             assert self.embed is not None, "a part without the embedding needs the activations of the part before it"
             x = self.embed(inputs.input_ids, context, None if keys is None else keys[0])
-        if context.mask is not None and x.device.type == "cpu":
-            # CPU kernels want an additive mask: turn it over once, not once a block.
-            context = context._replace(mask=as_bias(context.mask, x.dtype))
+        context = context._replace(mask=suit_kernel(context.mask, x))
         for n, (name, block) in enumerate(self.blocks.items()):
             key = None if keys is None else keys[int(name) + 1]
             x = block(x, context, key, None if cache is None else cache.layers[n])
         return x if self.final_norm is None else self.final_norm(x)
+
+    def build_cache(self, size: int) -> Cache:
+        """For so many tokens."""
+        return Cache(self.config.num_blocks, size)
 
     @property
     def head_weight(self) -> Tensor:
@@ -349,6 +390,29 @@ class Head(nn.Module):
 def build_stack_norm(config: TransformerConfig) -> nn.Module:
     """A norm of the residual stream."""
     return build_norm(config.norm, config.width, eps=config.norm_eps, weight=config.norm_weight, bias=config.norm_bias)
+
+
+def build_attention(config: TransformerConfig, kind: type[Kind]) -> Kind:
+    """An attention of this kind, as wide as the config says."""
+    return kind(
+        config.width,
+        config.heads,
+        config.num_kv_heads,
+        config.head_width,
+        qkv_bias=config.qkv_bias,
+        out_bias=config.out_bias,
+        qk_norm=config.norm if config.qk_norm else None,
+        norm_eps=config.norm_eps,
+        dropout=config.attention_dropout,
+        scale=config.score_scale,
+    )
+
+
+def suit_kernel(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """A mask as attention of `x` takes it: CPU kernels want an additive one, turned over once and not once a block."""
+    if mask is None or mask.dtype != torch.bool or x.device.type != "cpu":
+        return mask
+    return as_bias(mask, x.dtype)
 
 
 def build_mask(inputs: Inputs, past: int, causal: bool) -> tuple[Tensor | None, bool]:

@@ -14,7 +14,7 @@ from shardwright.objective.cross_entropy import Head
 
 
 class Heads(NamedTuple):
-    """`vocabulary` tells tokens, from what `transform` ([..., D] -> [..., D]) makes of hidden states where there is one.
+    """`vocabulary` tells tokens, from what `transform` ([..., D] -> [..., D]) makes of hidden states if there is one.
 
     `others` by name: hidden states [N, D] -> logits [N, kinds].
     """

@@ -45,7 +45,8 @@ class ContextRows:
     def slice(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Own rows of a batch of whole sequences ([B, T] each; [B] ones stay), and where queries and keys stand.
 
-        What belongs to `places` in the row stays whole, with weights of zero where another rank has the place. Adds `row_index` [B, T/c] and, with `keys`, `key_index` [B, T] and, of documents, `key_documents` [B, T].
+        What belongs to `places` in the row stays whole, with weights of zero where another rank has the place. Adds
+        `row_index` [B, T/c] and, with `keys`, `key_index` [B, T] and, of documents, `key_documents` [B, T].
         """
         ids, placed = batch["input_ids"], self._placed(batch)
         own = {name: self._own(name, tensor) for name, tensor in batch.items() if name not in placed} | placed
