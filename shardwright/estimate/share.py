@@ -168,12 +168,14 @@ def rank_share(
     if stages is None:
         assert layout.pipeline == 1, "which layers a stage has is not known here"
         stages = [{layer_of(name) for name in shapes}]
+    everywhere = {layer_of(name) for name in shapes}.difference(*stages)  # tables that all blocks share
     own = stage_indices(layout.schedule, place.pipeline, layout.pipeline, layout.virtual) if len(stages) > 1 else [0]
     found = []
     for index in own:
         last = index == len(stages) - 1
         also = EMBEDDING if last and model.tied else ""
-        here = {name: shape for name, shape in shapes.items() if layer_of(name) in stages[index] or name == also}
+        layers = {*stages[index], *everywhere}
+        here = {name: shape for name, shape in shapes.items() if layer_of(name) in layers or name == also}
         root, *blocks = (_group(group, layout, place) for group in _by_group(here))
         found.append(StageShare(index, index == 0, last, root, tuple(blocks)))
     return found

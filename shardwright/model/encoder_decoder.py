@@ -200,7 +200,7 @@ class EncoderDecoder(LanguageModel):
         return [*parts[:place], ("encoder_norm", norm), *parts[place:]]
 
     def context(self, inputs: Inputs, cache: Cache | None = None) -> Context:
-        """What the decoder's blocks share; what the encoder's do is its `encoder`, None where a cache has their work."""
+        """What the decoder's blocks share; `encoder` is what the encoder's do, None where a cache has their work."""
         past = cache.length if cache else 0
         context = self.with_layers(self.stream(inputs, past, causal=True))
         encodes = inputs.encoder_ids is not None and not past

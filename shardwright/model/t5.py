@@ -73,8 +73,7 @@ class RelativeBias(nn.Module):
 class T5(EncoderDecoder):
     """An encoder-decoder whose stacks have relative biases, each one table of them."""
 
-    #: Modules that every part of a model has, since all of its blocks use them.
-    shared_tables = ("encoder_relative", "decoder_relative")
+    shared_tables: ClassVar[tuple[str, ...]] = ("encoder_relative", "decoder_relative")
 
     config: T5Config
 

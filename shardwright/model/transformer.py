@@ -253,6 +253,9 @@ class PostNormBlock(Block):
 class LanguageModel(nn.Module):
     """A stack with a language-model head. A part of it has the other modules set to None."""
 
+    #: Modules that are no layers: every part of a model has them, since blocks anywhere use them.
+    shared_tables: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         if config.vocab_size < 1:
