@@ -36,6 +36,7 @@ from shardwright.model.transformer import (
 class EncoderDecoderConfig(TransformerConfig):
     """Shape and choices of two stacks that differ in the number of their blocks alone."""
 
+    kind: ClassVar[str] = "encoder-decoder"
     causal: ClassVar[bool] = False  # of the source every token sees every other
 
     layers: int = meaning(6, "Blocks of the encoder", ge=1)

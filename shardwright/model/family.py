@@ -77,3 +77,8 @@ class Family:
     config: type[TransformerConfig]
     build: Callable[[Any], LanguageModel]
     huggingface: HuggingFaceMap | None = None
+
+    @property
+    def kind(self) -> str:
+        """decoder, encoder or encoder-decoder."""
+        return self.config.kind

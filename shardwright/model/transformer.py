@@ -32,6 +32,8 @@ class TransformerConfig(ModelConfig):
     """Shape and choices of a Transformer stack; a family gives its own defaults and sizes."""
 
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: What an objective can train: decoder, encoder or encoder-decoder.
+    kind: ClassVar[str] = "decoder"
     #: Whether no token sees a later one.
     causal: ClassVar[bool] = True
     #: What scores of attention are multiplied by; None is 1 / sqrt(width of a head).
