@@ -18,6 +18,7 @@ from shardwright.model.family import Family, HuggingFaceMap, OneOf, TensorRule
 from shardwright.model.transformer import TransformerConfig
 
 _ABSENT = object()
+_SYNONYMS = {"swish": "silu"}  # of activations
 
 
 def read_config(raw: Mapping[str, Any]) -> TransformerConfig:
@@ -29,6 +30,8 @@ def read_config(raw: Mapping[str, Any]) -> TransformerConfig:
         found = _get(raw, key)
         if found is not _ABSENT and expected != found:
             raise ValueError(f"config.json: {key}={found!r} is not supported here; expected {expected!r}")
+    for keys in table.alike:
+        _check_alike({key: raw[key] for key in keys if raw.get(key) is not None})
     fields: dict[str, Any] = {"family": name, **table.variants.get(_architecture(raw, table), {})}
     for field, keys in table.fields.items():
         found = next((v for v in (_get(raw, k) for k in keys) if v is not _ABSENT), _ABSENT)
@@ -36,6 +39,7 @@ def read_config(raw: Mapping[str, Any]) -> TransformerConfig:
             fields[field] = int(found) - table.shifts[field] if field in table.shifts else found  # type: ignore[call-overload]
     for field, (key, values) in table.values.items():
         found = _get(raw, key)
+        found = _SYNONYMS.get(found, found) if isinstance(found, str) else found
         matches = [ours for ours, theirs in values.items() if theirs == found]
         if found is not _ABSENT and not matches:
             raise ValueError(f"config.json: {key}={found!r}: expected one of {', '.join(map(repr, values.values()))}")
@@ -72,18 +76,22 @@ def write_config(config: TransformerConfig) -> dict[str, Any]:
 def import_tensors(config: TransformerConfig, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Our (name, tensor) pairs from their tensors, in no particular dtype: each keeps its own."""
     table, shapes = _map_of(FAMILIES[config.family]), _shapes(config)
-    rules = _expand(table, config.layers, shapes)
+    rules = _expand(table, config, shapes)
     names = _their_names(table, theirs)
-    _check_names("Hugging Face tensors", {rule.theirs for rule in rules}, set(names), _optional(table, config))
-    if config.tied:
-        _check_tied(table, theirs, names)
+    expected_names = {rule.theirs for rule in rules}
+    _check_names("Hugging Face tensors", expected_names, set(names), _optional(table, config))
+    _check_copies(table, config, theirs, names)
+    for name in set(table.zero) & set(names) - expected_names:
+        if theirs[names[name]].any():
+            raise ValueError(f"{name}: is not zero, and the config has no place for it; set {table.zero[name]}")
     for rule in rules:
         tensor = theirs[names[rule.theirs]]
+        tensor = tensor.squeeze(0) if rule.row and tensor.dim() > 1 else tensor
+        tensor = tensor.t() if rule.transpose else tensor
         sizes = [shapes[name][0] for name in rule.ours]
         expected = (sum(sizes), *shapes[rule.ours[0]][1:])
-        found = tuple(reversed(tensor.shape)) if rule.transpose else tuple(tensor.shape)
-        if found != expected:
-            raise ValueError(f"{rule.theirs}: has shape {found}, the config says {expected}")
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{rule.theirs}: has shape {tuple(tensor.shape)}, the config says {expected}")
         for name, part in zip(rule.ours, rule.split(tensor, sizes, config.heads), strict=True):
             yield name, part.contiguous()
 
@@ -92,8 +100,10 @@ def export_tensors(config: TransformerConfig, ours: Mapping[str, Tensor]) -> Ite
     """Their (name, tensor) pairs from our tensors, as their files have them: a tied head is not repeated."""
     table, shapes = _map_of(FAMILIES[config.family]), _shapes(config)
     _check_names("tensors", set(shapes), set(ours), set())
-    for rule in _expand(table, config.layers, shapes):
-        yield rule.theirs, rule.join([ours[name] for name in rule.ours], config.heads).contiguous()
+    for rule in _expand(table, config, shapes):
+        tensor = rule.join([ours[name] for name in rule.ours], config.heads)
+        tensor = tensor.unsqueeze(0) if rule.row else tensor
+        yield rule.theirs, tensor.t().contiguous() if rule.transpose else tensor.contiguous()
 
 
 def _find_family(model_type: Any) -> tuple[str, Family]:
@@ -127,18 +137,31 @@ def _shapes(config: TransformerConfig) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in build_model(config).named_parameters()}
 
 
-def _expand(table: HuggingFaceMap, layers: int, shapes: Mapping[str, torch.Size]) -> list[TensorRule]:
+def _expand(table: HuggingFaceMap, config: TransformerConfig, shapes: Mapping[str, torch.Size]) -> list[TensorRule]:
     """The rules of this model's tensors, layer by layer; a rule for a tensor that it lacks falls away."""
     rules = []
     for rule in table.tensors:
-        for n in range(layers if "{n}" in rule.theirs else 1):
-            ours = tuple(name.replace("{n}", str(n)).replace("{last}", str(layers - 1)) for name in rule.ours)
+        if rule.when is not None and getattr(config, rule.when[0]) != rule.when[1]:
+            continue
+        for mark, number, ours_number in _layers_of(rule, config):
+            names = (name.replace("{last}", str(config.num_blocks - 1)) for name in rule.ours)
+            ours = tuple(name.replace(mark, str(ours_number)) for name in names)
             if ours[0] in shapes:
-                rules.append(replace(rule, theirs=rule.theirs.replace("{n}", str(n)), ours=ours))
+                rules.append(replace(rule, theirs=rule.theirs.replace(mark, str(number)), ours=ours))
     covered = {name for rule in rules for name in rule.ours}
     if missing := sorted(set(shapes) - covered):
         raise ValueError(f"{missing[0]}: {table.architecture} has no place for it")
     return rules
+
+
+def _layers_of(rule: TensorRule, config: TransformerConfig) -> Iterator[tuple[str, int, int]]:
+    """(mark, their number, our number) of each layer that a rule is for; once where it is of none."""
+    if "{m}" in rule.theirs:
+        yield from (("{m}", number, ours) for number, ours in enumerate(config.runs[-1]))
+    elif "{n}" in rule.theirs:
+        yield from (("{n}", number, number) for number in range(config.layers))
+    else:
+        yield "{n}", 0, 0
 
 
 def _their_names(table: HuggingFaceMap, theirs: Mapping[str, Tensor]) -> dict[str, str]:
@@ -146,7 +169,8 @@ def _their_names(table: HuggingFaceMap, theirs: Mapping[str, Tensor]) -> dict[st
     names = [name for name in theirs if not name.endswith(table.ignored)]
     if any(name.startswith(table.prefix) for name in names):
         return {_renamed(table, name): name for name in names}
-    return {name if name == table.tied[0] else table.prefix + name: name for name in names}
+    outside = {rule.theirs for rule in table.tensors if not rule.theirs.startswith(table.prefix)}
+    return {name if name in outside else table.prefix + name: name for name in names}
 
 
 def _renamed(table: HuggingFaceMap, name: str) -> str:
@@ -158,7 +182,7 @@ def _renamed(table: HuggingFaceMap, name: str) -> str:
 
 
 def _optional(table: HuggingFaceMap, config: TransformerConfig) -> set[str]:
-    return {table.tied[0]} if config.tied else set()
+    return {*table.copies, *table.zero, *([table.tied[0]] if config.tied else [])}
 
 
 def _check_names(what: str, expected: set[str], found: set[str], optional: set[str]) -> None:
@@ -169,10 +193,27 @@ def _check_names(what: str, expected: set[str], found: set[str], optional: set[s
         raise ValueError(f"{what} do not fit the config: {' and '.join(parts)}")
 
 
-def _check_tied(table: HuggingFaceMap, theirs: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+def _check_copies(
+    table: HuggingFaceMap, config: TransformerConfig, theirs: Mapping[str, Tensor], names: Mapping[str, str]
+) -> None:
+    """ValueError where a tensor that is the embedding under another name is not."""
     head, embedding = table.tied
-    if head in names and not torch.equal(theirs[names[head]], theirs[names[embedding]]):
+    if config.tied and _differs(head, embedding, theirs, names):
         raise ValueError(f"{head} differs from {embedding}, but the config ties them; set tie_word_embeddings to false")
+    for copy in table.copies:
+        if _differs(copy, embedding, theirs, names):
+            raise ValueError(f"{copy} differs from {embedding}: tables of their own are not supported here")
+
+
+def _differs(copy: str, embedding: str, theirs: Mapping[str, Tensor], names: Mapping[str, str]) -> bool:
+    return copy in names and not torch.equal(theirs[names[copy]], theirs[names[embedding]])
+
+
+def _check_alike(found: Mapping[str, Any]) -> None:
+    """ValueError where keys that one field of ours stands for differ."""
+    if len(set(found.values())) > 1:
+        given = ", ".join(f"{key}={value!r}" for key, value in found.items())
+        raise ValueError(f"config.json: {given}: are not supported here; expected them to be equal")
 
 
 def _reduced(config: TransformerConfig) -> dict[str, Any]:

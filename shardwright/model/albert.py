@@ -20,8 +20,6 @@ from shardwright.model.transformer import ActivationName
 class AlbertConfig(EncoderConfig):
     """BERT's choices with factorised token vectors and version 2's activation."""
 
-    shared_blocks: ClassVar[bool] = True
-
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {
         "base": {"layers": 12, "width": 768, "heads": 12},
         "large": {"layers": 24, "width": 1024, "heads": 16},
@@ -33,6 +31,16 @@ class AlbertConfig(EncoderConfig):
     embed_width: int | None = meaning(128, "Width of token vectors, then projected; null is the width itself", ge=1)
     activation: ActivationName = meaning("gelu_tanh", "Feed-forward activation")
     sentence_head: bool = meaning(True, "A pooler and a classifier of pairs of segments, on the first token")
+
+    @property
+    def runs(self) -> tuple[range, ...]:
+        """One block."""
+        return (range(1),)
+
+    @property
+    def repeats(self) -> int:
+        """Times that it is run."""
+        return self.layers
 
 
 class Albert(Encoder):

@@ -14,15 +14,26 @@ from typing import NamedTuple
 import torch
 
 from shardwright.model.encoder import EncoderConfig
+from shardwright.model.encoder_decoder import EncoderDecoderConfig
 from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.transformer import TransformerConfig
 
 #: Part of a parameter count -> what a component of a parameter's name may be; the first part that knows one has it.
 PARTS: dict[str, tuple[str, ...]] = {
-    "norms": ("norm", "attention_norm", "mlp_norm", "q_norm", "k_norm", "final_norm", "convolution_norm"),
+    "norms": (
+        "norm",
+        "attention_norm",
+        "cross_norm",
+        "mlp_norm",
+        "q_norm",
+        "k_norm",
+        "encoder_norm",
+        "final_norm",
+        "convolution_norm",
+    ),
     "tokens": ("tokens", "projection"),
-    "positions": ("positions", "token_types", "relative"),
-    "attention": ("attention",),
+    "positions": ("positions", "token_types", "encoder_relative", "decoder_relative", "relative"),
+    "attention": ("attention", "cross"),
     "mlp": ("mlp", "convolution"),
     "head": ("head",),
 }
@@ -40,19 +51,15 @@ def num_parameters(config: TransformerConfig) -> dict[str, int]:
 
 def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter in the model's order, from its modules on the meta device."""
-    few = config.model_copy(update={"layers": min(config.layers, _KINDS)})
     with torch.device("meta"):
-        model = build_model(few)
-    alike = {f"blocks.{a[0]}.": b for a, b in zip(few.runs, config.runs, strict=True) if not config.shared_blocks}
+        one = build_model(config.one_of_each())
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters():
-        first = next((prefix for prefix in alike if name.startswith(prefix)), "")
-        for n in alike.get(first, (0,)):
-            shapes[f"blocks.{n}.{name.removeprefix(first)}" if first else name] = tuple(parameter.shape)
+    for name, parameter in one.named_parameters():
+        first, _, rest = name.partition(".")
+        kind, _, rest = rest.partition(".")
+        names = [f"blocks.{n}.{rest}" for n in config.runs[int(kind)]] if first == "blocks" else [name]
+        shapes |= dict.fromkeys(names, tuple(parameter.shape))
     return shapes
-
-
-_KINDS = 3  # of blocks in a stack: the first, those between, the last
 
 
 class Flops(NamedTuple):
@@ -80,26 +87,45 @@ def num_flops(
     causal: bool | None = None,
     recomputed: int = 0,
     predicted: float = 1.0,
+    target: int | None = None,
     rows: int = 1,
 ) -> Flops:
     """FLOPs a token at sequences of `length` tokens, `rows` a micro-batch, `recomputed` blocks being run twice.
 
     Forward: 2 x (matrix weights of the blocks) + 2 D V for the head + L x attention, where attention is
     2 products x 2 x H d x (keys a query sees): T in full, (T + 1) / 2 on average when the causal half alone
-    is counted (by default where the model is causal). The head and its transform see the share `predicted` of the
+    is counted (by default, unless `causal` is false). The head and its transform see the share `predicted` of the
     tokens. Backward is twice the forward. Embedding look-ups are free. (Kaplan et al. 2020, Chowdhery et al. 2022:
-    6 N + 12 L H d T is this in full.)
+    6 N + 12 L H d T is this in full.) Beside a source of `length` tokens an encoder-decoder has a target of `target`,
+    by default as many; a token is one of the source's.
     """
-    c = config
-    causal = c.causal if causal is None else causal
-    inner = c.heads * c.head_width
-    matrices = c.width * (2 * inner + 2 * c.num_kv_heads * c.head_width)
-    matrices += (3 if c.gated else 2) * c.width * c.hidden_width
-    keys = (length + 1) / 2 if causal else length
-    extra = FAMILIES[c.family].extra(c, length, rows).flops
-    block = 2.0 * matrices + 4.0 * inner * keys + extra / c.layers
-    forward = c.layers * block + _head_flops(c, length, predicted)
-    return Flops(forward, 2 * forward, recomputed * block)
+    target = length if target is None else target
+    half = causal is None or causal
+    each = block_flops(config, length, target, half, rows)
+    runs = [len(run) * config.repeats * flops for run, flops in zip(config.runs, each, strict=True)]
+    predicting = target if isinstance(config, EncoderDecoderConfig) else length
+    blocks = sum(runs) / length
+    forward = blocks + _head_flops(config, length, predicted * predicting / length)
+    return Flops(forward, 2 * forward, recomputed * blocks / (config.num_blocks * config.repeats))
+
+
+def block_flops(
+    config: TransformerConfig, length: int, target: int, causal_half: bool = True, rows: int = 1
+) -> list[float]:
+    """FLOPs of the forward pass of one sequence through a block of each kind, `runs` by `runs`; see `num_flops`."""
+    inner, kv = config.heads * config.head_width, config.num_kv_heads * config.head_width
+    projections = config.width * (2 * inner + 2 * kv)
+    matrices = 2.0 * (projections + (3 if config.gated else 2) * config.width * config.hidden_width)
+
+    def stack(tokens: int, causal: bool) -> float:
+        keys = (tokens + 1) / 2 if causal and causal_half else tokens
+        return tokens * (matrices + 4.0 * inner * keys)
+
+    if not isinstance(config, EncoderDecoderConfig):
+        more = FAMILIES[config.family].extra(config, length, rows).flops or (0.0,) * len(config.runs)
+        return [stack(length, config.causal) + one for one in more]
+    cross = 2.0 * config.width * (2 * inner * target + 2 * kv * length) + 4.0 * inner * target * length
+    return [stack(length, False), stack(target, True) + cross]
 
 
 def _head_flops(c: TransformerConfig, length: int, predicted: float) -> float:
@@ -114,25 +140,35 @@ def _head_flops(c: TransformerConfig, length: int, predicted: float) -> float:
 
 
 def activation_bytes(
-    config: TransformerConfig, tokens: int, *, value_bytes: int, recomputed: bool = False, length: int | None = None
+    config: TransformerConfig,
+    tokens: int,
+    *,
+    value_bytes: int,
+    recomputed: bool = False,
+    memory: int | None = None,
+    length: int | None = None,
 ) -> int:
     """Bytes that one block keeps for its backward pass of `tokens` tokens, of `value_bytes` a value.
 
     Values a token, without a compiler: both norms' inputs and outputs (4 D), q, k, v and the attention's output
     (2 H d + 2 K d), and of the feed-forward layer its pre-activation and the input of `down` (2 F), or gate,
-    activated gate, up and their product (4 F). Plus float32 statistics: one a head (log-sum-exp), one (RMS) or two
+    activated gate, up and their product (4 F), one less where the activation is a ReLU, which goes back through its
+    own result. Plus float32 statistics: one a head (log-sum-exp), one (RMS) or two
     (mean and deviation) a norm. Dropout is recomputed from its keys but keeps a bool a value and site.
     `length`: tokens of a sequence, the longest by default; it matters where a family keeps something for each pair.
     A recomputed block keeps its input alone. A compiled block keeps less: what is cheap it computes again. Where
-    torch has no fused RMSNorm (CPU), each keeps D values more.
+    torch has no fused RMSNorm (CPU), each keeps D values more. `memory`: tokens of the source that a decoder's block
+    attends to as well, with a third norm and the keys and values of these.
     """
     c = config
     if recomputed:
         return tokens * c.width * value_bytes
-    values = 4 * c.width + 2 * (c.heads + c.num_kv_heads) * c.head_width + (4 if c.gated else 2) * c.hidden_width
-    statistics = c.heads + 2 * (2 if c.norm == "layer" else 1)
-    masks = 2 * c.width if c.residual_dropout else 0
+    inner, kv, parts = c.heads * c.head_width, c.num_kv_heads * c.head_width, 2 if memory is None else 3
+    hidden = ((4 if c.gated else 2) - (c.activation in ("relu", "reglu"))) * c.hidden_width
+    values = 2 * parts * c.width + 2 * (parts - 1) * inner + 2 * kv + hidden
+    statistics = (parts - 1) * c.heads + parts * (2 if c.norm == "layer" else 1)
+    masks = parts * c.width if c.residual_dropout else 0
     length = length or c.max_length
     extra = FAMILIES[c.family].extra(c, length, max(tokens // length, 1))
-    more = (tokens * extra.values + extra.fixed) * value_bytes
-    return int(tokens * (values * value_bytes + statistics * 4 + masks) + more)
+    more = int(tokens * extra.values + extra.fixed) + (memory or 0) * 2 * kv
+    return tokens * (values * value_bytes + statistics * 4 + masks) + more * value_bytes

@@ -76,6 +76,10 @@ class DebertaConfig(EncoderConfig):
         first, last = int(self.convolution > 0), self.layers - int(self.mask_decoder)
         return tuple(run for run in (range(first), range(first, last), range(last, self.layers)) if run)
 
+    def one_of_each(self) -> DebertaConfig:
+        """The same with one block of each kind."""
+        return self.model_copy(update={"layers": len(self.runs)})
+
 
 class DebertaV2Config(DebertaConfig):
     """v2's and v3's choices."""
@@ -130,15 +134,14 @@ def extra_cost(config: DebertaConfig, length: int, rows: int) -> Extra:
     torch does it on a CPU: queries and keys twice, probabilities in place of their log-sum-exp, both projections.
     """
     inner, table = config.heads * config.head_width, 2 * config.span
-    matrices = config.width * 4 * inner + (3 if config.gated else 2) * config.width * config.hidden_width
-    distances = 2.0 * 2 * table * inner + 2.0 * 2 * table * config.width * inner / (rows * length)
-    again = 2.0 * matrices + 4.0 * inner * length + distances
-    convolution = 2.0 * config.convolution * config.width * config.width
-    return Extra(
-        flops=config.layers * distances + config.mask_decoder * again + convolution,
-        values=2 * inner + config.heads * (length - 1),
-        fixed=2 * table * inner,
-    )
+    matrices = 2.0 * config.width * (4 * inner + (3 if config.gated else 2) * config.hidden_width)
+    distances = 2.0 * 2 * table * inner * (length + config.width / rows)
+    flops = [distances] * len(config.runs)
+    if config.convolution:
+        flops[0] += 2.0 * config.convolution * config.width**2 * length
+    if config.mask_decoder:
+        flops[-1] += length * (matrices + 4.0 * inner * length) + distances
+    return Extra(tuple(flops), values=2 * inner + config.heads * (length - 1), fixed=2 * table * inner)
 
 
 #: Published configs say it in either order, as a list or as one word.

@@ -205,14 +205,15 @@ class DecodingBlock(DisentangledBlock):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.positions = nn.Embedding(config.max_length, config.width)
+        self.memory = nn.Identity()  # where a layout brings together what both passes ask
 
     def forward(
         self, x: Tensor, context: Context, layer_key: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        asked = x + self.positions(context.position_ids)
+        asked, memory = x + self.positions(context.position_ids), self.memory(x)
         for _ in range(self.passes):
-            asked = self.answer(asked, x, context, layer_key)
+            asked = self.answer(asked, memory, context, layer_key)
             layer_key = None if layer_key is None else mix(layer_key)  # each pass drops values of its own
         return asked
 

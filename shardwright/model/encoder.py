@@ -30,6 +30,7 @@ from shardwright.model.transformer import (
 class EncoderConfig(TransformerConfig):
     """BERT's choices: post-norm, exact GELU, learned positions, two segments, a transform before the tied head."""
 
+    kind: ClassVar[str] = "encoder"
     causal: ClassVar[bool] = False
 
     max_length: int = meaning(512, "Longest sequence", ge=1)

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from shardwright.model import albert, bert, crammed, deberta, gpt2, gpt3, llama, modernbert, roberta
+from shardwright.model import (
+    albert,
+    bart,
+    bert,
+    crammed,
+    deberta,
+    gpt2,
+    gpt3,
+    llama,
+    modernbert,
+    roberta,
+    t5,
+    transformer_2017,
+)
 from shardwright.model.family import Family
 from shardwright.model.transformer import LanguageModel, TransformerConfig
 
@@ -17,6 +30,9 @@ FAMILIES: dict[str, Family] = {
     "deberta_v2": deberta.FAMILY_V2,
     "crammed": crammed.FAMILY,
     "modernbert": modernbert.FAMILY,
+    "t5": t5.FAMILY,
+    "bart": bart.FAMILY,
+    "transformer": transformer_2017.FAMILY,
 }
 
 

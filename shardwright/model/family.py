@@ -19,30 +19,31 @@ from shardwright.model.transformer import LanguageModel, TransformerConfig
 class TensorRule:
     """One tensor of theirs is ours laid one after the other along dim 0, and transposed if so said.
 
-    `by_heads`: within each head of theirs, one after the other. `{n}` in a name stands for the number of a layer,
-    `{last}` for that of the last one.
+    `{n}` in a name stands for the number of a layer, `{last}` for that of the last one, `{m}` for that of a decoder's
+    where there are two stacks: theirs begin at 0, ours go on from the encoder's. row: theirs is a matrix of one row.
+    by_heads: ours lie one after the other within each head of theirs. when: (attribute of the config, its value) that
+    the rule is for.
     """
 
     theirs: str
     ours: tuple[str, ...]
     transpose: bool = False
+    row: bool = False
     by_heads: bool = False
+    when: tuple[str, Any] | None = None
 
     def split(self, theirs: Tensor, sizes: Sequence[int], heads: int) -> tuple[Tensor, ...]:
-        """Ours, so many rows each, out of theirs."""
-        tensor = theirs.t() if self.transpose else theirs
+        """Ours, so many rows each, out of theirs, which lies as ours do."""
         if not self.by_heads:
-            return tensor.split(list(sizes))
-        parts = tensor.unflatten(0, (heads, -1)).split([size // heads for size in sizes], dim=1)
+            return theirs.split(list(sizes))
+        parts = theirs.unflatten(0, (heads, -1)).split([size // heads for size in sizes], dim=1)
         return tuple(part.flatten(0, 1) for part in parts)
 
     def join(self, ours: Sequence[Tensor], heads: int) -> Tensor:
-        """Theirs of ours."""
+        """Theirs of ours, lying as ours do."""
         if self.by_heads:
-            tensor = torch.cat([part.unflatten(0, (heads, -1)) for part in ours], dim=1).flatten(0, 1)
-        else:
-            tensor = torch.cat(list(ours)) if len(ours) > 1 else ours[0]
-        return tensor.t() if self.transpose else tensor
+            return torch.cat([part.unflatten(0, (heads, -1)) for part in ours], dim=1).flatten(0, 1)
+        return torch.cat(list(ours)) if len(ours) > 1 else ours[0]
 
 
 class OneOf:
@@ -73,11 +74,14 @@ class HuggingFaceMap:
     fields that it stands for; where it names some, `architecture` is among them.
     fields: our config field -> their keys (a dot goes into a section); all are written, the first found is read.
     shifts: our config field -> how much greater theirs is.
+    alike: keys of theirs that must have one value, since one field of ours stands for all of them.
     values: our config field -> (their key, {our value: their value}).
     ours: config fields of ours that their format cannot say otherwise.
     theirs: their keys that must have these values (one of `OneOf`), or be absent.
     defaults: what their keys are where a config.json leaves them out.
-    tensors: every tensor. tied: their head and embedding, one tensor where the head is tied.
+    tensors: every tensor. tied: their head and embedding, one tensor where the head is tied. copies: other names of the
+    embedding, which their files may have. zero: tensors that a model without a place for them may have as zeros, and
+    what says that it has one.
     prefix: what the names lack in checkpoints of the bare stack. ignored: endings of buffers that carry nothing.
     aliases: beginnings of their names that other versions use -> those of `tensors`.
     lacks: our fields as their code computes them, where it lacks a part whose weights it carries; what they compute is
@@ -90,11 +94,14 @@ class HuggingFaceMap:
     tensors: tuple[TensorRule, ...]
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shifts: Mapping[str, int] = field(default_factory=dict)
+    alike: tuple[tuple[str, ...], ...] = ()
     values: Mapping[str, tuple[str, Mapping[Any, Any]]] = field(default_factory=dict)
     ours: Mapping[str, Any] = field(default_factory=dict)
     theirs: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tied: tuple[str, str] = ("", "")
+    copies: tuple[str, ...] = ()
+    zero: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -104,7 +111,7 @@ class HuggingFaceMap:
 class Extra(NamedTuple):
     """What a family's blocks cost beyond those that count.py knows."""
 
-    flops: float = 0.0  # of a token's forward pass through the model
+    flops: tuple[float, ...] = ()  # of one sequence's forward pass through a block, `runs` by `runs`
     values: float = 0.0  # that a block keeps for its backward pass, a token
     fixed: float = 0.0  # that it keeps whatever the number of tokens
 
@@ -118,3 +125,8 @@ class Family:
     huggingface: HuggingFaceMap | None = None
     #: (config, tokens of a sequence, sequences of a micro-batch) -> what `count` has to add.
     extra: Callable[[Any, int, int], Extra] = lambda config, length, rows: Extra()
+
+    @property
+    def kind(self) -> str:
+        """decoder, encoder or encoder-decoder."""
+        return self.config.kind

@@ -44,11 +44,17 @@ def _he(config: TransformerConfig, part: str, shape: torch.Size) -> float:
 
 
 def _t5(config: TransformerConfig, part: str, shape: torch.Size) -> float:
-    """Variance 1 / in, embeddings and a free head N(0, 1) (Raffel et al. 2020, Mesh TensorFlow).
+    """Variance 1 / in, embeddings and a free head N(0, 1), biases of distances 1 / D (Raffel et al. 2020, Mesh
+    TensorFlow).
 
-    T5 also divides q by sqrt(d), in place of the 1 / sqrt(d) of the scores; here the scores have theirs.
+    q is divided by sqrt(d) where the scores are not.
     """
-    return 1.0 if part in (*EMBEDDINGS, "head") else shape[1] ** -0.5
+    if part in (*EMBEDDINGS, "head"):
+        return 1.0
+    if part.endswith("relative"):
+        return config.width**-0.5
+    unscaled = part == "q" and config.score_scale == 1.0
+    return (shape[1] * config.head_width if unscaled else shape[1]) ** -0.5
 
 
 def _small(config: TransformerConfig, part: str, shape: torch.Size) -> float:

@@ -65,6 +65,10 @@ class ModernBertConfig(EncoderConfig):
         """The first block has a norm less."""
         return tuple(run for run in (range(1), range(1, self.layers)) if run)
 
+    def one_of_each(self) -> ModernBertConfig:
+        """The same with one block of each kind."""
+        return self.model_copy(update={"layers": len(self.runs), "layer_types": None})
+
     def derived(self) -> dict[str, Any]:
         """What fields that may be null come to."""
         return {**super().derived(), "layer_types": self.sees}

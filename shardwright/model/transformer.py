@@ -1,17 +1,17 @@
 """One stack of blocks with an embedding below and a head above, assembled from one typed config: the decoders.
 
 Stands on the other files of the model room; a family (gpt2.py, llama.py, ...) is a set of defaults for
-`TransformerConfig`; encoder.py adds what encoders have beyond it. What a forward pass needs beyond the activations is
-built once and handed to each block as a `Context` of tensors, so that all blocks are one compiled graph and no block
-reads the host.
+`TransformerConfig`; encoder.py adds what encoders have beyond it, encoder_decoder.py a second stack. What a forward
+pass needs beyond the activations is built once and handed to each block as a `Context` of tensors, so that all blocks
+are one compiled graph and no block reads the host.
 Shapes: B batch, T tokens, D width, V vocabulary, S keys (T, or more with a cache).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from shardwright.model.attention import Attention, Cache, LayerCache, as_bias, d
 from shardwright.model.dropout import Dropout, layer_keys, token_keys
 from shardwright.model.layers import ACTIVATIONS, MLP, build_norm
 
+Kind = TypeVar("Kind", bound=Attention)
 ActivationName = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh", "reglu"]
 
 
@@ -31,10 +32,12 @@ class TransformerConfig(ModelConfig):
     """Shape and choices of a Transformer stack; a family gives its own defaults and sizes."""
 
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: What an objective can train: decoder, encoder or encoder-decoder.
+    kind: ClassVar[str] = "decoder"
     #: Whether no token sees a later one.
     causal: ClassVar[bool] = True
-    #: Whether all blocks are one, run `layers` times.
-    shared_blocks: ClassVar[bool] = False
+    #: What scores of attention are multiplied by; None is 1 / sqrt(width of a head).
+    score_scale: ClassVar[float | None] = None
 
     size: str | None = meaning(None, "A published size of the family; fields given beside it win")
     layers: int = meaning(12, "Blocks", ge=1)
@@ -113,14 +116,28 @@ class TransformerConfig(ModelConfig):
         return self.width
 
     @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer has a gate."""
+        return ACTIVATIONS[self.activation].gated
+
+    @property
     def runs(self) -> tuple[range, ...]:
         """The numbers of the blocks, in runs of blocks that are alike."""
         return (range(self.layers),)
 
     @property
-    def gated(self) -> bool:
-        """Whether the feed-forward layer has a gate."""
-        return ACTIVATIONS[self.activation].gated
+    def num_blocks(self) -> int:
+        """Blocks of all kinds."""
+        return self.runs[-1].stop
+
+    @property
+    def repeats(self) -> int:
+        """Times that each block is run, one after the other."""
+        return 1
+
+    def one_of_each(self) -> TransformerConfig:
+        """The same with one block of each kind."""
+        return self.model_copy(update={"layers": 1})
 
     def derived(self) -> dict[str, Any]:
         """What fields that may be null come to."""
@@ -146,10 +163,20 @@ class Inputs(NamedTuple):
     key_index: Tensor | None = None  # [B, S] place in the row of each key, where more keys are seen than input_ids has
     key_documents: Tensor | None = None  # [B, S] `documents` of those keys
     token_types: Tensor | None = None  # [B, T] int64, which segment of a pair a token is of; default 0
+    # Of an encoder-decoder, whose target the tensors above are of: the same of its source, S tokens a row.
+    encoder_ids: Tensor | None = None
+    encoder_positions: Tensor | None = None
+    encoder_documents: Tensor | None = None  # a target sees the source of its own document
+    encoder_mask: Tensor | None = None
+    encoder_row_index: Tensor | None = None
+    encoder_key_index: Tensor | None = None
+    encoder_key_documents: Tensor | None = None
 
 
 class Context(NamedTuple):
     """What every block of one forward pass shares; built once by `LanguageModel.context`."""
+
+    OF_TOKENS = ("position_ids", "token_keys", "token_types")  # fields of the tokens of the residual stream
 
     position_ids: Tensor  # [B or 1, T] int64
     mask: Tensor | None = None  # [B, 1, T, S], true (or 0 against -inf) where attended; holds the causal rule too
@@ -159,10 +186,10 @@ class Context(NamedTuple):
     token_keys: Tensor | None = None  # [B, T] int64, where dropout is on
     layer_keys: Tensor | None = None  # [layers + 1] int64; a block is handed its own, so this is None there
     token_types: Tensor | None = None  # [B, T] int64, of the residual stream as position_ids are
+    cross_mask: Tensor | None = None  # [B, 1, T, S], as `mask`, of the keys that an encoder gives
+    encoder: Context | None = None  # what the blocks of the encoder share
     relative: Tensor | None = None  # [2R, D] vectors of relative distances
-    distances: Tensor | None = (
-        None  # [B or 1, T, S] int64, the row of `relative` that a query's distance from a key has
-    )
+    distances: Tensor | None = None  # [B or 1, T, S] int64, row of `relative` for each query and key
     local_mask: Tensor | None = None  # as `mask`, of blocks that see a window
     local_cos: Tensor | None = None  # and their angles
     local_sin: Tensor | None = None
@@ -218,17 +245,7 @@ class Block(nn.Module):
 
     def build_attention(self, config: Any) -> nn.Module:
         """What lets tokens see each other."""
-        return Attention(
-            config.width,
-            config.heads,
-            config.num_kv_heads,
-            config.head_width,
-            qkv_bias=config.qkv_bias,
-            out_bias=config.out_bias,
-            qk_norm=config.norm if config.qk_norm else None,
-            norm_eps=config.norm_eps,
-            dropout=config.attention_dropout,
-        )
+        return build_attention(config, Attention)
 
     def attend(self, x: Tensor, context: Context, layer_key: Tensor | None, cache: LayerCache | None) -> Tensor:
         """What attention adds to the residual stream."""
@@ -261,14 +278,16 @@ class PostNormBlock(Block):
 class LanguageModel(nn.Module):
     """A stack with a language-model head. A part of it has the other modules set to None."""
 
+    #: Modules that are no layers: every part of a model has them, since blocks anywhere use them.
+    shared_tables: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         if config.vocab_size < 1:
             raise ValueError("model.vocab_size=0: fill in the tokenizer's size before the model is built")
         self.config = config
         self.embed: Embed | None = self.build_embed(config)
-        count = 1 if config.shared_blocks else config.layers
-        self.blocks = nn.ModuleDict({str(n): self.build_block(config, n) for n in range(count)})
+        self.blocks = nn.ModuleDict({str(n): self.build_block(config, n) for n in range(config.num_blocks)})
         # A post-norm stack ends in a norm already.
         self.final_norm: nn.Module | None = build_stack_norm(config) if config.norm_placement == "pre" else None
         self.head: Head | None = self.build_head(config)
@@ -294,18 +313,27 @@ class LanguageModel(nn.Module):
 
     def steps(self) -> Iterator[tuple[int, nn.Module]]:
         """The blocks in the order in which they are run, each with the number of its layer."""
-        if not self.config.shared_blocks:
-            return ((int(name), block) for name, block in self.blocks.items())
-        return ((layer, block) for layer in range(self.config.layers) for block in self.blocks.values())
+        repeats = self.config.repeats
+        return ((int(name) * repeats + n, block) for name, block in self.blocks.items() for n in range(repeats))
 
     def context(self, inputs: Inputs, cache: Cache | None = None) -> Context:
         """What the blocks share, from inputs alone: every part of a model can build it for itself."""
-        ids, past = inputs.input_ids, cache.length if cache else 0
-        index = inputs.row_index
+        return self.with_layers(self.stream(inputs, cache.length if cache else 0, self.config.causal))
+
+    def with_layers(self, context: Context) -> Context:
+        """The same with what tells layers apart, where dropout is on."""
+        if context.token_keys is None:
+            return context
+        layers = self.config.num_blocks * self.config.repeats
+        return context._replace(layer_keys=layer_keys(layers, context.token_keys.device))
+
+    def stream(self, inputs: Inputs, past: int, causal: bool) -> Context:
+        """`context` of one stream of tokens, `past` of which a cache holds, without what tells layers apart."""
+        ids, index = inputs.input_ids, inputs.row_index
         if index is None:
             index = torch.arange(past, past + ids.shape[1], device=ids.device)
         positions = torch.atleast_2d(index) if inputs.position_ids is None else inputs.position_ids
-        mask, causal = build_mask(inputs, past, self.config.causal)
+        mask, causal = build_mask(inputs, past, causal)
         cos, sin = None, None
         if self.config.positions == "rotary":
             cos, sin = position.rotary(positions, self.config.head_width, self.config.rope_theta)
@@ -315,8 +343,11 @@ class LanguageModel(nn.Module):
         sequence = inputs.sequence
         if sequence is None:
             sequence = torch.arange(ids.shape[0], device=ids.device)
-        tokens = token_keys(inputs.seed, inputs.step, sequence, index)
-        return context._replace(token_keys=tokens, layer_keys=layer_keys(self.config.layers, ids.device))
+        return context._replace(token_keys=token_keys(inputs.seed, inputs.step, sequence, index))
+
+    def border(self, shapes: Mapping[str, torch.Size]) -> int:
+        """Tokens a row of what one stage of a pipeline hands to the next, by the shapes of a batch's arrays."""
+        return shapes["input_ids"][1]
 
     def hidden(self, inputs: Inputs, x: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Activations [B, T, D] after the final norm; `x` [B, T, D] enters where an earlier stage left off."""
@@ -331,6 +362,10 @@ class LanguageModel(nn.Module):
             key = None if keys is None else keys[layer + 1]
             x = block(x, context, key, None if cache is None else cache.layers[n])
         return x if self.final_norm is None else self.final_norm(x)
+
+    def build_cache(self, size: int) -> Cache:
+        """For so many tokens."""
+        return Cache(self.config.num_blocks, size)
 
     @property
     def head_weight(self) -> Tensor:
@@ -390,6 +425,22 @@ def build_stack_norm(config: TransformerConfig, width: int | None = None) -> nn.
     """A norm of the residual stream, or of what else is so wide."""
     return build_norm(
         config.norm, width or config.width, eps=config.norm_eps, weight=config.norm_weight, bias=config.norm_bias
+    )
+
+
+def build_attention(config: TransformerConfig, kind: type[Kind]) -> Kind:
+    """An attention of this kind, as wide as the config says."""
+    return kind(
+        config.width,
+        config.heads,
+        config.num_kv_heads,
+        config.head_width,
+        qkv_bias=config.qkv_bias,
+        out_bias=config.out_bias,
+        qk_norm=config.norm if config.qk_norm else None,
+        norm_eps=config.norm_eps,
+        dropout=config.attention_dropout,
+        scale=config.score_scale,
     )
 
 

@@ -43,6 +43,7 @@ class Facts:
     shared_blocks: bool = False  # all blocks are one, which counts once among `layers`
     # The batches. `batches` holds the sequences of a step at every level of a ramp.
     length: int
+    target: int | None = None  # tokens of a decoder's row beside an encoder's of `length`; None or the same without one
     batches: tuple[int, ...]
     micro: int
     masked: bool = True  # attention does not cross documents
@@ -202,17 +203,27 @@ def _vocabulary(f: Facts) -> str | None:
 
 
 def _sequence(f: Facts) -> str | None:
-    if f.tensor == 1 or not f.sequence or f.length % (f.context * f.tensor) == 0:
+    if f.tensor == 1 or not f.sequence:
         return None
-    return (
-        f"data.sequence_length={f.length}: does not divide into parallel.context={f.context} x parallel.tensor="
-        f"{f.tensor} slices; change it or use parallel.sequence=false"
-    )
+    slices = f"into parallel.context={f.context} x parallel.tensor={f.tensor} slices"
+    if f.length % (f.context * f.tensor):
+        return f"data.sequence_length={f.length}: does not divide {slices}; change it or use parallel.sequence=false"
+    if (f.target or f.length) % (f.context * f.tensor):
+        return (
+            f"data.sequence_length={f.length}: gives targets of {f.target} tokens, which do not divide {slices}; "
+            "change it or use parallel.sequence=false"
+        )
+    return None
 
 
 def _context(f: Facts) -> str | None:
     if fits_context(f.length, f.context):
-        return None
+        if fits_context(f.target or f.length, f.context):
+            return None
+        return (
+            f"data.sequence_length={f.length}: gives targets of {f.target} tokens, which parallel.context={f.context} "
+            f"cannot cut into {2 * f.context} equal chunks; change the length or the objective"
+        )
     return (
         f"data.sequence_length={f.length}: parallel.context={f.context} cuts a sequence into {2 * f.context} equal "
         f"chunks; {nearest_length(f.length, f.context)} is the nearest that can be cut"
@@ -354,8 +365,12 @@ ROWS: tuple[Row, ...] = (
     Row("key heads", "as query heads: none is copied to several ranks", _kv_heads),
     Row("feed-forward width", "tensor ranks divide it", _mlp),
     Row("vocabulary", "each tensor rank has a row of it; it need not divide", _vocabulary),
-    Row("sequence slices", "context x tensor ranks divide the sequence, unless parallel.sequence=false", _sequence),
-    Row("context chunks", "a sequence is a multiple of two chunks a context rank", _context),
+    Row(
+        "sequence slices",
+        "context x tensor ranks divide sources and targets, or parallel.sequence=false",
+        _sequence,
+    ),
+    Row("context chunks", "a sequence, source and target, is a multiple of two chunks a context rank", _context),
     Row(
         "ring",
         "on GPUs, in bf16 or fp16, without document masks, dropout of attention, compiled blocks, activations in host "

@@ -187,16 +187,27 @@ class HeadRows(Style):
 
 
 class Region(Style):
-    """Attention or feed-forward layer as a whole: its input is made whole for all its projections at once.
-
-    So is `memory`, where keys and values come from another stream than queries.
-    """
+    """Attention or feed-forward layer as a whole: its input is made whole for all its projections at once."""
 
     def forward(self, x: Tensor, **rest: Any) -> Tensor:
         """[B, T/t or T, D] -> [B, T/t or T, D]."""
-        if rest.get("memory") is not None:
-            rest["memory"] = enter(rest["memory"], *self.axis)
         return self.base.forward(self, enter(x, *self.axis), **rest)
+
+
+class Whole(Style):
+    """Where several regions begin that all take the same input: it is made whole once for all of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T/t or T, D] -> [B, T, D]."""
+        return self.base.forward(self, enter(x, *self.axis))
+
+
+class HeadColumns(Style):
+    """A table with a column for each head; a rank looks up those of its own heads."""
+
+    dims = {"weight": 1}
+    needs = ("weight",)
+    even = True
 
 
 class Rule(NamedTuple):
@@ -212,6 +223,12 @@ PLAN: tuple[Rule, ...] = (
     Rule("embed.token_types", Stream),
     Rule("embed.norm", Stream),
     Rule("embed.projection", Stream),
+    Rule("embed.encoder.positions", Stream),
+    Rule("embed.encoder.norm", Stream),
+    Rule("embed.decoder.positions", Stream),
+    Rule("embed.decoder.norm", Stream),
+    Rule("encoder_relative", HeadColumns),
+    Rule("decoder_relative", HeadColumns),
     Rule("relative.table", PerHead),
     Rule("relative.norm", PerHead),
     Rule("blocks.*.attention_norm", Stream),
@@ -224,14 +241,25 @@ PLAN: tuple[Rule, ...] = (
     Rule("blocks.*.attention.q_norm", PerHead),
     Rule("blocks.*.attention.k_norm", PerHead),
     Rule("blocks.*.attention.out", Row),
+    Rule("blocks.*.cross_norm", Stream),
+    Rule("blocks.*.cross", Region),
+    Rule("blocks.*.cross.q", Column),
+    Rule("blocks.*.cross.k", Column),
+    Rule("blocks.*.cross.v", Column),
+    Rule("blocks.*.cross.q_norm", PerHead),
+    Rule("blocks.*.cross.k_norm", PerHead),
+    Rule("blocks.*.cross.out", Row),
     Rule("blocks.*.mlp_norm", Stream),
     Rule("blocks.*.mlp", Region),
     Rule("blocks.*.mlp.up", Column),
     Rule("blocks.*.mlp.gate", Column),
     Rule("blocks.*.mlp.down", Row),
+    Rule("blocks.*.memory", Whole),
     Rule("blocks.*.positions", Stream),
     Rule("blocks.*.convolution", Channels),
     Rule("blocks.*.convolution_norm", Stream),
+    Rule("encoder_norm", Stream),
+    Rule("memory", Whole),
     Rule("final_norm", Stream),
     Rule("head", HeadRows),
     Rule("head.transform.dense", BeforeHead),
@@ -314,9 +342,15 @@ def _own_context(build: Callable[..., Any], mesh: DeviceMesh, *args: Any, **kwar
 
     Attention sees all tokens: its mask and rotary angles stay whole.
     """
-    context = build(*args, **kwargs)
-    of_tokens = {name: getattr(context, name) for name in ("position_ids", "token_keys", "token_types")}
-    return context._replace(**{name: x if x is None else _own_tokens(x, mesh) for name, x in of_tokens.items()})
+    return _own_stream(build(*args, **kwargs), mesh)
+
+
+def _own_stream(context: Any, mesh: DeviceMesh) -> Any:
+    """The context of a stream, and of the encoder's beside it; each is cut by itself."""
+    of_tokens = {name: getattr(context, name) for name in context.OF_TOKENS}
+    own = {name: x if x is None else _own_tokens(x, mesh) for name, x in of_tokens.items()}
+    encoder = None if context.encoder is None else _own_stream(context.encoder, mesh)
+    return context._replace(**own, encoder=encoder)
 
 
 def _own_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:

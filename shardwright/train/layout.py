@@ -8,7 +8,9 @@ each a function of (seed, its name) alone. In one process, 1, 4 to 7 and 10 are 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,12 +18,13 @@ from torch.distributed.tensor import DTensor
 
 from shardwright.config import Config
 from shardwright.log import get_logger
-from shardwright.model.count import num_flops
+from shardwright.model.count import block_flops
+from shardwright.model.encoder_decoder import EncoderDecoderConfig
 from shardwright.model.families import build_model
 from shardwright.model.init import apply_init, initial_value
 from shardwright.model.transformer import LanguageModel
 from shardwright.objective.causal import Causal
-from shardwright.parallel.context import ContextRows, apply_context
+from shardwright.parallel.context import ContextRows, PairRows, apply_context
 from shardwright.parallel.logical import Logical
 from shardwright.parallel.mesh import World
 from shardwright.parallel.pipeline import Pipeline, build_tied_group
@@ -78,8 +81,9 @@ def build_facts(config: Config, size: int) -> Facts:
         vocab_size=model.vocab_size,
         attention_dropout=model.attention_dropout,  # type: ignore[attr-defined]
         causal=model.causal,  # type: ignore[attr-defined]
-        shared_blocks=model.shared_blocks,  # type: ignore[attr-defined]
+        shared_blocks=model.repeats > 1,  # type: ignore[attr-defined]
         length=config.data.sequence_length,
+        target=row_lengths(config)[1],
         batches=(full,) if ramp is None else (*range(ramp.start, full, ramp.increment), full),
         micro=config.batch.micro,
         precision=config.precision.compute,
@@ -132,13 +136,20 @@ def cut_layers(config: Config, replicas: int) -> tuple[list[str], list[range]]:
 
 def _costs(config: Config, replicas: int, layers: list[tuple[str, nn.Module]]) -> list[float]:
     """What each layer costs a rank in a step."""
-    length, model = config.data.sequence_length, config.model
-    tokens = config.global_batch() * length / replicas
-    head = 6.0 * model.vocab_size * model.token_width * tokens  # type: ignore[attr-defined]
-    blocks = num_flops(model, length, rows=config.batch.micro).model * tokens - head  # type: ignore[arg-type]
-    each = blocks / sum(name.startswith("blocks.") for name, _ in layers)
-    flops = [each if name.startswith("blocks.") else 0.0 for name, _ in layers]
+    model: Any = config.model
+    length, target = row_lengths(config)
+    sequences = config.global_batch() / replicas
+    head = 6.0 * model.vocab_size * model.token_width * target * sequences
+    kinds = zip(model.runs, block_flops(model, length, target, rows=config.batch.micro), strict=True)
+    blocks = {f"blocks.{n}": 3 * model.repeats * flops * sequences for run, flops in kinds for n in run}
+    flops = [blocks.get(name, 0.0) for name, _ in layers]
     return layer_costs(flops, [sum(p.numel() for p in m.parameters()) for _, m in layers], head_flops=head)
+
+
+def row_lengths(config: Config) -> tuple[int, int]:
+    """Tokens of a row, and of what is predicted from it: the decoder's row where there is an encoder, else the same."""
+    length = config.data.sequence_length
+    return length, length
 
 
 def _build_part(config: Config, layers: range) -> LanguageModel:
@@ -184,19 +195,24 @@ def _build_passes(config: Config, world: World, models: dict[int, LossModel], ri
     assert ring is None, "refused in a pipeline"
     slices = parallel.tensor if parallel.sequence else 1
     width: int = config.model.width  # type: ignore[attr-defined]
+    border = next(iter(models.values())).model.border
     return Pipeline(
         models,
         schedule=parallel.schedule,
         group=mesh["pipeline"].get_group(),
         device=world.device,
         dtype=FORMATS[config.precision.compute],
-        activation=lambda ids: (ids[0], ids[1] // slices, width),
+        activation=lambda shapes: (shapes["input_ids"][0], border(shapes) // slices, width),
         terms=len(next(iter(models.values())).objective.terms),
     )
 
 
 def _build_cut(config: Config, world: World) -> Cut:
-    return whole if world.degree("context") == 1 else _build_rows(config, world).slice
+    if world.degree("context") == 1:
+        return whole
+    if isinstance(config.model, EncoderDecoderConfig):
+        return PairRows(world.degree("context"), world.index("context")).slice
+    return _build_rows(config, world).slice
 
 
 def _build_rows(config: Config, world: World) -> ContextRows:
@@ -213,21 +229,26 @@ def _build_ring(config: Config, world: World) -> Ring | None:
 
 
 def build_masters(config: Config, stages: Stages) -> ShardedMasters:
-    """The masters of stages that FSDP wraps, with the copies of a weight that embedding and head share."""
-    parameters: dict[str, nn.Parameter] = {}
-    copies: list[nn.Parameter] = []
+    """The masters of stages that FSDP wraps, with the copies of weights that several stages use."""
+    copies: dict[str, list[nn.Parameter]] = {}
     for model in stages.models.values():
         for name, parameter in model.model.named_parameters():
-            if name == f"{SHARED}.weight":
-                copies.append(parameter)
-            parameters.setdefault(name, parameter)
-    tied = None
-    parted = config.parallel.pipeline > 1 and config.model.tied  # type: ignore[attr-defined]
-    if parted:
-        assert stages.world.mesh is not None
-        group = build_tied_group(stages.world.mesh, config.parallel.schedule)
-        tied = TiedWeight(f"{SHARED}.weight", copies, group, counts=0 in stages.models)
+            copies.setdefault(name, []).append(parameter)
+    parameters = {name: first for name, (first, *_) in copies.items()}
+    tied = _build_tied(config, stages, copies) if config.parallel.pipeline > 1 else []
     return ShardedMasters(list(stages.models.values()), parameters, tied)
+
+
+def _build_tied(config: Config, stages: Stages, copies: Mapping[str, list[nn.Parameter]]) -> list[TiedWeight]:
+    """The token embedding where it is the head as well, and tables that all blocks share; the same on all ranks."""
+    mesh, found, counts = stages.world.mesh, [], 0 in stages.models
+    assert mesh is not None
+    if config.model.tied:  # type: ignore[attr-defined]
+        group, name = build_tied_group(mesh, config.parallel.schedule), f"{SHARED}.weight"
+        found.append(TiedWeight(name, copies.get(name, []), group, counts=counts))
+    tables = next(iter(stages.models.values())).model.shared_tables
+    names = [name for name in copies if name.split(".")[0] in tables]
+    return found + [TiedWeight(name, copies[name], mesh["pipeline"].get_group(), counts=counts) for name in names]
 
 
 def blocks_of(model: LanguageModel) -> list[nn.Module]:

@@ -17,6 +17,7 @@ from shardwright.model.count import num_flops
 from shardwright.parallel.mesh import World
 from shardwright.parallel.precision import FORMATS
 from shardwright.train.course import Course
+from shardwright.train.layout import row_lengths
 from shardwright.train.metrics import MetricsLog, Utilisation
 from shardwright.train.position import Position
 from shardwright.train.step import Outcome
@@ -99,5 +100,6 @@ def _utilisation(config: Config, world: World, course: Course) -> Utilisation:
     peak = known_peak(device, compute)
     if peak is None and config.log.measure_peak:
         peak = measured_peak(device, compute)
-    flops = num_flops(config.model, course.length, rows=config.batch.micro).model  # type: ignore[arg-type]
+    target, rows = row_lengths(config)[1], config.batch.micro
+    flops = num_flops(config.model, course.length, target=target, rows=rows).model  # type: ignore[arg-type]
     return Utilisation(flops, peak, world.size)

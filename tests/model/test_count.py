@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shardwright.interop.huggingface import write_config
 from shardwright.model.count import activation_bytes, num_flops, num_parameters
+from shardwright.model.encoder_decoder import EncoderDecoderConfig
 from shardwright.model.families import FAMILIES, build_model
+from shardwright.model.t5 import T5Config
 from shardwright.model.transformer import Context, Inputs, TransformerConfig, suit_kernel
 from shardwright.train.settings import read_config
 
@@ -116,9 +118,10 @@ def test_parameters_by_part(family: str, fields: dict[str, object]) -> None:
     norms = total("norm")
     assert parts["total"] == sum(p.numel() for p in model.parameters())
     assert parts["norms"] == norms
-    assert parts["attention"] == total(".attention.") - total("q_norm", "k_norm")
+    assert parts["attention"] == total(".attention.", ".cross.") - total("q_norm", "k_norm")
     assert parts["mlp"] == total(".mlp.", ".convolution.")
-    vectors = total("embed.", "relative.", ".positions.") - total("embed.norm", "relative.norm")
+    vectors = total("embed.", "relative.", ".positions.")
+    vectors -= total("embed.norm", "embed.encoder.norm", "embed.decoder.norm", "relative.norm")
     assert parts["tokens"] + parts["positions"] == vectors
     assert parts["head"] == total("head.") - total("head.transform.norm")
 
@@ -126,17 +129,18 @@ def test_parameters_by_part(family: str, fields: dict[str, object]) -> None:
 @pytest.mark.parametrize(("family", "fields"), CASES)
 def test_flops_equal_the_counter(family: str, fields: dict[str, object]) -> None:
     config = make(family, **fields)
-    model, length = build_model(config), 48
+    model, length, target = build_model(config), 48, 30
     ids = torch.randint(0, 101, (2, length))
+    streams = {"decoder_input_ids": ids[:, :target]} if isinstance(config, EncoderDecoderConfig) else {}
 
     def measure(backward: bool) -> int:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            loss = torch.stack([x.sum() for x in model(ids).values()]).sum()
+            loss = torch.stack([x.sum() for x in model(ids, **streams).values()]).sum()
             if backward:
                 loss.backward()
         return counter.get_total_flops()
 
-    flops = num_flops(config, length, causal=False, rows=2)
+    flops = num_flops(config, length, causal=False, target=target, rows=2)
     assert measure(backward=False) == pytest.approx(flops.forward * ids.numel(), rel=1e-12)
     assert measure(backward=True) == pytest.approx(flops.model * ids.numel(), rel=1e-12)
 
@@ -157,19 +161,40 @@ def test_flops_formula() -> None:
 def test_activation_bytes_are_what_autograd_saves(family: str, fields: dict[str, object]) -> None:
     config = make(family, **fields)
     model, tokens = build_model(config), 2 * 64
-    block = model.blocks[str(min(1, len(model.blocks) - 1))]  # the first may lack a norm
     inputs = torch.randn(2, 64, 64, requires_grad=True)
-    context = model.context(Inputs(torch.zeros(2, 64, dtype=torch.int64)))
+    ids = torch.zeros(2, 64, dtype=torch.int64)
+    context = model.context(Inputs(ids, encoder_ids=ids))
     context = context._replace(local_mask=suit_kernel(context.local_mask, inputs))
     key = None if context.layer_keys is None else context.layer_keys[1]
-    saved = saved_bytes(block, inputs, context._replace(layer_keys=None), key)
-    # torch's RMSNorm is fused on GPUs alone: on a CPU each of the two keeps its normed input beside.
-    unfused = 2 * inputs.nbytes if config.norm == "rms" else 0
-    assert saved == activation_bytes(config, tokens, value_bytes=4) + unfused
+    context = context._replace(layer_keys=None)
+    usual = max(config.runs, key=len)[0]  # the first block or the last may be of a kind of its own
+    saved = saved_bytes(model.blocks[str(usual)], (inputs,), context.encoder or context, key)
+    assert saved == activation_bytes(config, tokens, value_bytes=4) + unfused_bytes(config, inputs, norms=2)
     assert activation_bytes(config, tokens, value_bytes=4, recomputed=True) == inputs.nbytes
+    if context.encoder is not None:
+        memory, context = torch.randn(2, 48, 64, requires_grad=True), context._replace(encoder=None)
+        saved = saved_bytes(model.blocks[str(config.layers)], (inputs, memory), context, key) - memory.nbytes
+        expected = activation_bytes(config, tokens, value_bytes=4, memory=2 * 48)
+        assert saved == expected + unfused_bytes(config, inputs, norms=3)
 
 
-def saved_bytes(block: torch.nn.Module, x: torch.Tensor, context: Context, key: torch.Tensor | None) -> int:
+def unfused_bytes(config: TransformerConfig, inputs: torch.Tensor, norms: int) -> int:
+    """What a CPU keeps beside, for want of kernels that GPUs have.
+
+    RMSNorm keeps its normed input. Attention whose mask has a gradient (T5's) goes by single products: it keeps the
+    probabilities in place of a statistic, and keys and values once for each query head.
+    """
+    rows, length, _ = inputs.shape
+    kept = norms * inputs.numel() if config.norm == "rms" else 0
+    if isinstance(config, T5Config):
+        kept += rows * config.heads * length * (length - 1)
+        kept += 2 * rows * length * (config.heads - config.num_kv_heads) * config.head_width
+    return kept * 4
+
+
+def saved_bytes(
+    block: torch.nn.Module, streams: tuple[torch.Tensor, ...], context: Context, key: torch.Tensor | None
+) -> int:
     """Bytes of all that is kept for backward, each memory once, without parameters and what all blocks share."""
     shared = [*block.parameters(), *(t for t in context if isinstance(t, torch.Tensor))]
     apart = {t.untyped_storage().data_ptr() for t in shared}
@@ -182,6 +207,6 @@ def saved_bytes(block: torch.nn.Module, x: torch.Tensor, context: Context, key: 
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = block(x, context, key)
-    assert y.shape == x.shape
+        y = block(*streams, context, key)
+    assert y.shape == streams[0].shape
     return sum(kept.values())
