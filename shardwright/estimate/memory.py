@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from shardwright.estimate.communication import num_reductions
 from shardwright.estimate.share import EMBEDDING, Layout, Place, Stages, StageShare, Work, rank_share
-from shardwright.model.count import activation_bytes, num_parameters
+from shardwright.model.count import activation_bytes, num_parameters, score_bias_bytes
 from shardwright.model.encoder_decoder import EncoderDecoderConfig
 from shardwright.model.transformer import TransformerConfig
 from shardwright.objective.cross_entropy import CHUNK_ROWS
@@ -181,13 +181,22 @@ def _activations(
     whole, inputs = _block_activations(model, layout, work)
     one = inputs if repeated == blocks else whole  # the last block is whole unless all are recomputed
     kept = math.ceil(copies * ((blocks - repeated) * whole + repeated * inputs))
-    return (0, 0, whole) if work.offloaded else (kept, max(kept - one, 0), whole)
+    kept, fewer = (0, 0) if work.offloaded else (kept, max(kept - one, 0))
+    biases = math.ceil(copies * _score_biases(model, layout, work))
+    return kept + biases, fewer + biases, whole
+
+
+def _score_biases(model: TransformerConfig, layout: Layout, work: Work) -> int:
+    """Bytes of one micro-batch's."""
+    whole = score_bias_bytes(model, work.micro_batch, work.length, work.predicting, value_bytes=work.value_bytes)
+    return whole // (layout.tensor * layout.context)
 
 
 def _gradients(model: TransformerConfig, layout: Layout, work: Work) -> int:
-    """Bytes of gradients of activations in the widest place of a block."""
+    """Bytes of gradients of activations in the widest place of a block, and of biases that are summed over blocks."""
     tokens = work.micro_batch * work.length // layout.context
-    return tokens * (model.width + model.hidden_width // layout.tensor) * work.value_bytes
+    widest = tokens * (model.width + model.hidden_width // layout.tensor) * work.value_bytes
+    return widest + _score_biases(model, layout, work)
 
 
 def _block_activations(model: TransformerConfig, layout: Layout, work: Work) -> tuple[int, int]:

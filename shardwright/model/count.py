@@ -139,6 +139,12 @@ def _head_flops(c: TransformerConfig, length: int, predicted: float) -> float:
     return predicted * (tokens + transform) + pairs / length + projection
 
 
+def score_bias_bytes(config: TransformerConfig, rows: int, length: int, target: int, *, value_bytes: int) -> int:
+    """Bytes of the biases of scores that all blocks of a stack share, masks among them: H T^2 a row and stack."""
+    places = length**2 + (target**2 if len(config.runs) > 1 else 0)
+    return rows * config.heads * places * value_bytes if config.biased_scores else 0
+
+
 def activation_bytes(
     config: TransformerConfig,
     tokens: int,

@@ -40,6 +40,7 @@ class T5Config(EncoderDecoderConfig):
         "v1.1-XXL": {"layers": 24, "width": 4096, "heads": 64, "mlp_width": 10240, **_NEWER},
     }
     score_scale: ClassVar[float | None] = 1.0
+    biased_scores: ClassVar[bool] = True
 
     family: Literal["t5"] = meaning("t5", "Model family")
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = meaning("none", "How positions enter")

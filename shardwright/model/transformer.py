@@ -38,6 +38,8 @@ class TransformerConfig(ModelConfig):
     causal: ClassVar[bool] = True
     #: What scores of attention are multiplied by; None is 1 / sqrt(width of a head).
     score_scale: ClassVar[float | None] = None
+    #: Whether biases that are trained are added to scores, the same in all blocks.
+    biased_scores: ClassVar[bool] = False
 
     size: str | None = meaning(None, "A published size of the family; fields given beside it win")
     layers: int = meaning(12, "Blocks", ge=1)

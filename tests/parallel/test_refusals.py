@@ -95,8 +95,15 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     "sequence slices": [
         ({"tensor": 4, "length": 1022}, "data.sequence_length=1022: .* use parallel.sequence=false"),
         ({"tensor": 12, "context": 2, "length": 36}, "data.sequence_length=36: "),
+        ({"tensor": 4, "target": 114}, "gives targets of 114 tokens, which do not divide into .* parallel.tensor=4 sl"),
     ],
-    "context chunks": [({"context": 4, "length": 1020}, "data.sequence_length=1020: .* 8 equal chunks; 1024 is")],
+    "context chunks": [
+        ({"context": 4, "length": 1020}, "data.sequence_length=1020: .* 8 equal chunks; 1024 is"),
+        (
+            {"context": 2, "target": 114},
+            "gives targets of 114 tokens, .* cannot cut into 4 equal",
+        ),
+    ],
     "ring": [
         ({**RING, "device": "cpu"}, "parallel.ring: .* GPU kernels alone; use parallel.ring=false"),
         ({**RING, "masked": True}, "parallel.ring: .* use data.mask_documents=false or"),
