@@ -88,7 +88,8 @@ HEAD = "| key | default | allowed | what it is | role |\n|---|---|---|---|---|"
 def reference() -> str:
     """The whole page of keys."""
     model = {name: family.config.model_fields for name, family in FAMILIES.items()}
-    keys = next(iter(model.values()))
+    keys = {key: field for fields in reversed(model.values()) for key, field in fields.items()}
+    order = dict.fromkeys(key for fields in model.values() for key in fields)
     parts = [
         "# Every key",
         "Written from the schema by `python tests/test_docs.py`; a test fails when it is out of date. Keys of role"
@@ -101,13 +102,18 @@ def reference() -> str:
         if section == "model":
             head = f"| key | {' | '.join(model)} | allowed | what it is |\n|---{'|---' * (len(model) + 2)}|"
             lines = (
-                f"| `model.{key}` | {' | '.join(shown(fields[key]) for fields in model.values())} "
+                f"| `model.{key}` | {' | '.join(shown(f[key]) if key in f else '' for f in model.values())} "
                 f"| {allowed(keys[key].annotation) if key != 'family' else ', '.join(model)}{limits(keys[key])} "
                 f"| {keys[key].description} |"
-                for key in keys
+                for key in order
             )
             sizes = (f"`{name}`: {', '.join(getattr(f.config, 'SIZES', {}))}" for name, f in FAMILIES.items())
-            parts += ["### model", "Defaults by family.", "\n".join([head, *lines]), f"Sizes: {'; '.join(sizes)}."]
+            parts += [
+                "### model",
+                "Defaults by family; a key without one is not of that family.",
+                "\n".join([head, *lines]),
+                f"Sizes: {'; '.join(sizes)}.",
+            ]
         elif section == "objective":
             parts += ["### objective", "By its name; [Objectives](objectives.md) says what each does."]
             for name, (config, _) in OBJECTIVES.items():

@@ -180,6 +180,7 @@ class ScheduleConfig(Strict):
     warmup: float = meaning(0.02, "Fraction of the run that warms up", ge=0, lt=1)
     warmup_steps: int | None = meaning(None, "Warm-up in steps, in place of the fraction", ge=0)
     warmup_tokens: int | None = meaning(None, "Warm-up in tokens, in place of the fraction", ge=0)
+    start: float = meaning(0.0, "First factor of the warm-up, as a share of the peak", ge=0, le=1)
     floor: float = meaning(0.1, "Last factor, as a share of the peak", ge=0, le=1)
     decay: float = meaning(0.2, "Fraction of the run over which wsd anneals", gt=0, le=1)
     decay_shape: Literal["linear", "cosine", "sqrt"] = meaning("linear", "Shape of wsd's annealing")

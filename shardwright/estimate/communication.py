@@ -13,6 +13,7 @@ import math
 from typing import NamedTuple
 
 from shardwright.estimate.share import EMBEDDING, Group, Layout, Place, Stages, StageShare, Work, rank_share, split
+from shardwright.model.encoder_decoder import EncoderDecoderConfig
 from shardwright.model.transformer import TransformerConfig
 from shardwright.objective.cross_entropy import CHUNK_ROWS
 from shardwright.parallel.stages import SCHEDULES
@@ -60,6 +61,8 @@ def step_communication(
     place = place or Place()
     amounts: Amounts = {}
     own = rank_share(model, layout, place, stages)
+    if layout.pipeline > 1:
+        _add_tables(amounts, own[0], layout, work, place)
     if layout.world > 1:  # counts of the loss, then norm, loss and whether to stop
         plus(amounts, "world", "all-reduce", 2, 8 * terms + 3 * work.master_bytes)
     for stage in own:
@@ -108,20 +111,22 @@ def _add_tensor(amounts: Amounts, stage: StageShare, model: TransformerConfig, l
     A recomputed block repeats its forward pass up to the last value that the backward pass needs, which the output of
     the last region is only where a norm or dropout follows it inside the block.
     """
-    tokens = work.micro_batch * work.length // layout.context
-    stream = tokens * model.width * work.value_bytes
-    blocks = len(stage.blocks)
-    again = work.num_recomputed(blocks)
-    repeated = 2 if model.norm_placement == "post" or model.residual_dropout else 1
-    enters, leaves = 2 * blocks + stage.last, 2 * blocks + stage.first
-    entered, left = enters + 2 * again, leaves + repeated * again  # in forward passes
-    if layout.sequence:
-        for collective, calls in (("all-gather", entered + leaves), ("reduce-scatter", left + enters)):
-            plus(amounts, "tensor", collective, work.micro_batches * calls, work.micro_batches * calls * stream)
-    else:
-        calls = work.micro_batches * (left + enters)
-        plus(amounts, "tensor", "all-reduce", calls, calls * stream)
+    for stream in _streams(stage, model, work):
+        size = work.micro_batch * stream.length // layout.context * model.width * work.value_bytes
+        again = work.num_recomputed(stream.blocks)
+        follows = model.norm_placement == "post" or bool(model.residual_dropout)
+        repeated = stream.regions if follows else stream.regions - 1
+        inside = stream.regions * stream.blocks
+        enters, leaves = inside + stream.entered, inside + stage.first
+        entered, left = enters + stream.regions * again, leaves + repeated * again  # in forward passes
+        if layout.sequence:
+            for collective, calls in (("all-gather", entered + leaves), ("reduce-scatter", left + enters)):
+                plus(amounts, "tensor", collective, work.micro_batches * calls, work.micro_batches * calls * size)
+        else:
+            calls = work.micro_batches * (left + enters)
+            plus(amounts, "tensor", "all-reduce", calls, calls * size)
     if stage.last:  # each chunk's maxima, then its two sums
+        tokens = work.micro_batch * work.predicting // layout.context
         calls = work.micro_batches * 2 * math.ceil(tokens / CHUNK_ROWS)
         plus(amounts, "tensor", "all-reduce", calls, work.micro_batches * 3 * tokens * work.master_bytes)
     _add_partial(amounts, stage.groups, layout, work)
@@ -140,25 +145,54 @@ def _add_partial(amounts: Amounts, groups: tuple[Group, ...], layout: Layout, wo
 def _add_context(amounts: Amounts, stage: StageShare, model: TransformerConfig, layout: Layout, work: Work) -> None:
     """Keys and values of whole sequences, and their gradients back."""
     heads = model.num_kv_heads // layout.tensor
-    size = 2 * work.micro_batch * work.length * heads * model.head_width * work.value_bytes
-    backward = work.micro_batches * len(stage.blocks)
-    forward = backward + work.micro_batches * work.num_recomputed(len(stage.blocks))
-    if backward:
-        plus(amounts, "context", "all-gather", forward, forward * size)
-        plus(amounts, "context", "reduce-scatter", backward, backward * size)
+    token = 2 * work.micro_batch * heads * model.head_width * work.value_bytes
+    for stream in _streams(stage, model, work):
+        lengths = [stream.length, *([work.length] if stream.regions == 3 else [])]  # a decoder sees the source as well
+        for length in lengths if stream.blocks else ():
+            backward = work.micro_batches * stream.blocks
+            forward = backward + work.micro_batches * work.num_recomputed(stream.blocks)
+            plus(amounts, "context", "all-gather", forward, forward * token * length)
+            plus(amounts, "context", "reduce-scatter", backward, backward * token * length)
 
 
 def _add_pipeline(
     amounts: Amounts, stage: StageShare, own: set[int], model: TransformerConfig, layout: Layout, work: Work
 ) -> None:
     """Activations to the stage after and gradients to the one before, where another rank has it."""
-    tokens = work.micro_batch * work.length // (layout.context * layout.slices)
+    length = work.length + (work.predicting if isinstance(model, EncoderDecoderConfig) else 0)
+    tokens = work.micro_batch * length // (layout.context * layout.slices)
     size = work.micro_batches * tokens * model.width * work.value_bytes
     before = not stage.first and stage.index - 1 not in own
     after = not stage.last and stage.index + 1 not in own
     for _ in range(before + after):
         plus(amounts, "pipeline", "send", work.micro_batches, size)
         plus(amounts, "pipeline", "receive", work.micro_batches, size)
+
+
+class Stream(NamedTuple):
+    """Tokens that blocks of one stack compute on, in a stage."""
+
+    length: int  # of a row
+    blocks: int
+    regions: int  # of a block
+    entered: int  # regions beside the blocks: the head, and where the source is brought together
+
+
+def _streams(stage: StageShare, model: TransformerConfig, work: Work) -> list[Stream]:
+    """One, or source and target of an encoder-decoder."""
+    if not isinstance(model, EncoderDecoderConfig):
+        return [Stream(work.length, len(stage.blocks), 2, stage.last)]
+    decoders = sum(any(".cross." in name for name in group.shapes) for group in stage.blocks)
+    source = Stream(work.length, len(stage.blocks) - decoders, 2, decoders > 0)
+    return [source, Stream(work.predicting, decoders, 3, stage.last)]
+
+
+def _add_tables(amounts: Amounts, stage: StageShare, layout: Layout, work: Work, place: Place) -> None:
+    """Gradients of the tables that every stage has, summed over the pipeline; once for all stages of a rank."""
+    for name in stage.tables:
+        rows, *rest = stage.root.shapes[name]
+        if part := split(rows, layout.spread, place.spread) * math.prod(rest):
+            plus(amounts, "pipeline", "all-reduce", 1, part * work.master_bytes)
 
 
 def _add_tied(

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from shardwright.estimate.communication import num_reductions
 from shardwright.estimate.share import EMBEDDING, Layout, Place, Stages, StageShare, Work, rank_share
-from shardwright.model.count import activation_bytes, num_parameters
+from shardwright.model.count import activation_bytes, num_parameters, score_bias_bytes
+from shardwright.model.encoder_decoder import EncoderDecoderConfig
 from shardwright.model.transformer import TransformerConfig
 from shardwright.objective.cross_entropy import CHUNK_ROWS
 from shardwright.parallel.stages import SCHEDULES
@@ -83,8 +84,8 @@ def _alone(model: TransformerConfig, work: Work, own: Sequence[StageShare]) -> I
     """One process: masters, gradients and copies in three buffers that are always there."""
     size = sum(group.size for stage in own for group in stage.groups)
     copies = 0 if work.value_bytes == work.master_bytes else work.value_bytes * size
-    kept, fewer, whole = _activations(model, Layout(zero=0), work, model.layers, 1.0)
-    chunk, head = _logits(own, work, work.micro_batch * work.length)
+    kept, fewer, whole = _activations(model, Layout(zero=0), work, model.num_blocks * model.repeats, 1.0)
+    chunk, head = _logits(own, work, work.micro_batch * work.predicting)
     whole += _gradients(model, Layout(zero=0), work)
     for activations, logits in ((kept, chunk), (kept, 2 * head), (fewer + whole, head)):
         yield Moment(copies, work.master_bytes * size, 0, activations, logits)
@@ -104,9 +105,10 @@ def _spread(
     earlier = work.micro_batches > 1  # micro-batches that left gradients behind
     summed = (shards if each else wide * full) * earlier
     held = value * (root if lets_go else full)
-    tokens = work.micro_batch * work.length // layout.context
+    tokens = work.micro_batch * work.predicting // layout.context
     inside = in_flight(layout, place.pipeline, work.micro_batches) / layout.virtual
-    kept, fewer, whole = _activations(model, layout, work, len(blocks), inside)
+    runs = len(blocks) * model.repeats
+    kept, fewer, whole = _activations(model, layout, work, runs, inside)
     chunk, head = _logits(own, work, tokens)
     following = value * block * lets_go  # gathered ahead
     sent = wide * root * (each and earlier)  # FSDP keeps what it reduced last until it reduces again
@@ -183,17 +185,37 @@ def _activations(
     whole, inputs = _block_activations(model, layout, work)
     one = inputs if repeated == blocks else whole  # the last block is whole unless all are recomputed
     kept = math.ceil(copies * ((blocks - repeated) * whole + repeated * inputs))
-    return (0, 0, whole) if work.offloaded else (kept, max(kept - one, 0), whole)
+    kept, fewer = (0, 0) if work.offloaded else (kept, max(kept - one, 0))
+    biases = math.ceil(copies * _score_biases(model, layout, work))
+    return kept + biases, fewer + biases, whole
+
+
+def _score_biases(model: TransformerConfig, layout: Layout, work: Work) -> int:
+    """Bytes of one micro-batch's."""
+    whole = score_bias_bytes(model, work.micro_batch, work.length, work.predicting, value_bytes=work.value_bytes)
+    return whole // (layout.tensor * layout.context)
 
 
 def _gradients(model: TransformerConfig, layout: Layout, work: Work) -> int:
-    """Bytes of gradients of activations in the widest place of a block."""
+    """Bytes of gradients of activations in the widest place of a block, and of biases that are summed over blocks."""
     tokens = work.micro_batch * work.length // layout.context
-    return tokens * (model.width + model.hidden_width // layout.tensor) * work.value_bytes
+    widest = tokens * (model.width + model.hidden_width // layout.tensor) * work.value_bytes
+    return widest + _score_biases(model, layout, work)
 
 
 def _block_activations(model: TransformerConfig, layout: Layout, work: Work) -> tuple[int, int]:
-    """(bytes that a block keeps, those of its input) of one micro-batch.
+    """(bytes that a block keeps, those of its input) of one micro-batch; of two stacks the mean of all blocks."""
+    if not isinstance(model, EncoderDecoderConfig):
+        return _of_block(model, layout, work, work.length, None)
+    lengths = [(work.length, None), (work.predicting, work.length)]
+    shares = [len(run) / model.num_blocks for run in model.runs]
+    found = [_of_block(model, layout, work, *each) for each in lengths]
+    kept, inputs = (sum(share * x for share, x in zip(shares, one, strict=True)) for one in zip(*found, strict=True))
+    return int(kept), int(inputs)
+
+
+def _of_block(model: TransformerConfig, layout: Layout, work: Work, length: int, source: int | None) -> tuple[int, int]:
+    """`_block_activations` of a block on rows of `length` tokens, which attends to `source` tokens as well.
 
     A tensor rank has its heads and feed-forward channels, of all tokens; only what stands between regions is sliced.
     A context rank keeps the keys and values that each of its two chunks saw.
@@ -207,10 +229,11 @@ def _block_activations(model: TransformerConfig, layout: Layout, work: Work) -> 
             "mlp_width": model.hidden_width // ranks,
         }
     )
-    value, tokens = work.value_bytes, work.micro_batch * work.length // layout.context
-    kept = activation_bytes(local, tokens, value_bytes=value, length=work.length // layout.context)
+    value, tokens = work.value_bytes, work.micro_batch * length // layout.context
+    memory = None if source is None else work.micro_batch * source
+    kept = activation_bytes(local, tokens, value_bytes=value, memory=memory, length=length)
     inputs = tokens * model.width * value
-    kept -= 2 * (inputs - inputs // layout.slices)
+    kept -= (2 if source is None else 3) * (inputs - inputs // layout.slices)
     if layout.context > 1:
         seen = (2 * layout.context + 1) / 2 - 1
         kept += int(seen * 2 * tokens * local.num_kv_heads * model.head_width * value)

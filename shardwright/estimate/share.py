@@ -73,7 +73,10 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A step of one data rank. `value_bytes` of the compute format; masters are float32, or float64 where it is."""
+    """A step of one data rank. `value_bytes` of the compute format; masters are float32, or float64 where it is.
+
+    An encoder-decoder's rows have `length` tokens of a source, and `target` tokens, by default as many.
+    """
 
     length: int
     micro_batch: int
@@ -82,9 +85,10 @@ class Work:
     recompute: str | int = "none"
     compiled: bool = False
     offloaded: bool = False  # what the backward pass needs lies in host memory
+    target: int | None = None
 
     @classmethod
-    def of(cls, config: Config, micro_batches: int, *, compiled: bool = False) -> Work:
+    def of(cls, config: Config, micro_batches: int, *, compiled: bool = False, target: int | None = None) -> Work:
         """That of a config, in a step of so many micro-batches."""
         return cls(
             length=config.data.sequence_length,
@@ -94,7 +98,13 @@ class Work:
             recompute=config.train.recompute,
             compiled=compiled,
             offloaded=config.train.offload_activations,
+            target=target,
         )
+
+    @property
+    def predicting(self) -> int:
+        """Tokens of the row that the loss is of."""
+        return self.length if self.target is None else self.target
 
     @property
     def master_bytes(self) -> int:
@@ -139,13 +149,14 @@ class Group:
 
 @dataclass(frozen=True)
 class StageShare:
-    """What a rank has of one pipeline stage."""
+    """What a rank has of one pipeline stage. `tables`: parameters that every stage has a copy of."""
 
     index: int
     first: bool
     last: bool
     root: Group
     blocks: tuple[Group, ...]
+    tables: tuple[str, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -168,14 +179,17 @@ def rank_share(
     if stages is None:
         assert layout.pipeline == 1, "which layers a stage has is not known here"
         stages = [{layer_of(name) for name in shapes}]
+    everywhere = {layer_of(name) for name in shapes}.difference(*stages)  # tables that all blocks share
     own = stage_indices(layout.schedule, place.pipeline, layout.pipeline, layout.virtual) if len(stages) > 1 else [0]
     found = []
     for index in own:
         last = index == len(stages) - 1
         also = EMBEDDING if last and model.ties_stages else ""
-        here = {name: shape for name, shape in shapes.items() if layer_of(name) in stages[index] or name == also}
+        layers = {*stages[index], *everywhere}
+        here = {name: shape for name, shape in shapes.items() if layer_of(name) in layers or name == also}
         root, *blocks = (_group(group, layout, place) for group in _by_group(here))
-        found.append(StageShare(index, index == 0, last, root, tuple(blocks)))
+        tables = tuple(name for name in here if layer_of(name) in everywhere)
+        found.append(StageShare(index, index == 0, last, root, tuple(blocks), tables))
     return found
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from shardwright.model.families import FAMILIES, build_model
-from shardwright.model.family import Family, HuggingFaceMap, TensorRule
+from shardwright.model.family import Family, HuggingFaceMap, OneOf, TensorRule
 from shardwright.model.transformer import TransformerConfig
 
 _ABSENT = object()
+_SYNONYMS = {"swish": "silu"}  # of activations
 
 
 def read_config(raw: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]] | None = None) -> TransformerConfig:
@@ -43,8 +44,10 @@ def _read_fields(table: HuggingFaceMap, raw: Mapping[str, Any]) -> dict[str, Any
     raw = {**table.defaults, **raw}
     for key, expected in table.theirs.items():
         found = _get(raw, key)
-        if found is not _ABSENT and found != expected:
+        if found is not _ABSENT and expected != found:
             raise ValueError(f"config.json: {key}={found!r} is not supported here; expected {expected!r}")
+    for keys in table.alike:
+        _check_alike({key: raw[key] for key in keys if raw.get(key) is not None})
     fields: dict[str, Any] = dict(table.variants.get(_architecture(raw, table), {}))
     for field, keys in table.fields.items():
         found = next((v for v in (_get(raw, k) for k in keys) if v is not _ABSENT), _ABSENT)
@@ -52,6 +55,7 @@ def _read_fields(table: HuggingFaceMap, raw: Mapping[str, Any]) -> dict[str, Any
             fields[field] = int(found) - table.shifts[field] if field in table.shifts else found  # type: ignore[call-overload]
     for field, (key, values) in table.values.items():
         found = _get(raw, key)
+        found = _SYNONYMS.get(found, found) if isinstance(found, str) else found
         matches = [ours for ours, theirs in values.items() if theirs == found]
         if found is not _ABSENT and not matches:
             raise ValueError(f"config.json: {key}={found!r}: expected one of {', '.join(map(repr, values.values()))}")
@@ -71,7 +75,7 @@ def write_config(config: TransformerConfig, folder: str = "") -> dict[str, Any]:
             raise ValueError(
                 f"model.{field}={given[field]!r}: {table.architecture} has {expected!r} and cannot say otherwise"
             )
-    filled = config.model_dump() | config.derived
+    filled = config.model_dump() | _filled(config)
     raw: dict[str, Any] = {"model_type": table.model_type, "architectures": [_architecture_of(table, filled)]}
     for field, keys in table.fields.items():
         value = filled[field] + table.shifts[field] if field in table.shifts else filled[field]
@@ -82,6 +86,7 @@ def write_config(config: TransformerConfig, folder: str = "") -> dict[str, Any]:
             raise ValueError(f"model.{field}={filled[field]!r}: {table.architecture} has {', '.join(values)} alone")
         _put(raw, key, values[filled[field]], field)
     for key, value in table.theirs.items():
+        value = value.values[0] if isinstance(value, OneOf) else value
         if value is not None:
             _put(raw, key, value, key)
     return raw
@@ -120,28 +125,27 @@ def import_tensors(
     """
     table, shapes = _map_of(FAMILIES[config.family], folder), _shapes(config)
     _check_covered(config, shapes)
-    rules = _expand(table, shapes)
+    rules = _expand(table, config, shapes)
     names = _their_names(table, theirs)
-    _check_names("Hugging Face tensors", {rule.theirs for rule in rules}, set(names), _optional(table, config))
-    if config.tied:
-        _check_tied(table, theirs, names)
+    expected_names = {rule.theirs for rule in rules}
+    _check_names("Hugging Face tensors", expected_names, set(names), _optional(table, config))
+    _check_copies(table, config, theirs, names)
+    for name in set(table.zero) & set(names) - expected_names:
+        if theirs[names[name]].any():
+            raise ValueError(f"{name}: is not zero, and the config has no place for it; set {table.zero[name]}")
     for rule in rules:
         tensor = theirs[names[rule.theirs]]
-        ours = _joined_shape(rule, shapes)
-        expected = ours if rule.shape is None else rule.shape(config)
+        tensor = tensor.squeeze(0) if rule.row and tensor.dim() > 1 else tensor
+        sizes = [shapes[name][0] for name in rule.ours]
+        joined = (sum(sizes), *shapes[rule.ours[0]][1:])
+        lying = joined[::-1] if rule.transpose else joined
+        expected = lying if rule.shape is None else rule.shape(config)
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{rule.theirs}: has shape {tuple(tensor.shape)}, the config says {expected}")
-        tensor = tensor.reshape(ours)
+        tensor = tensor.reshape(lying)
         tensor = tensor.t() if rule.transpose else tensor
-        sizes = [shapes[name][0] for name in rule.ours]
-        for name, part in zip(rule.ours, tensor.split(sizes), strict=True):
+        for name, part in zip(rule.ours, rule.split(tensor, sizes, config.heads), strict=True):
             yield name, part.contiguous()
-
-
-def _joined_shape(rule: TensorRule, shapes: Mapping[str, torch.Size]) -> tuple[int, ...]:
-    """Of our tensors, joined and transposed as the rule says."""
-    whole = (sum(shapes[name][0] for name in rule.ours), *shapes[rule.ours[0]][1:])
-    return whole[::-1] if rule.transpose else whole
 
 
 def export_tensors(
@@ -151,8 +155,9 @@ def export_tensors(
     table, shapes = _map_of(FAMILIES[config.family], folder), _shapes(config)
     _check_names("tensors", set(shapes), set(ours), set())
     _check_covered(config, shapes)
-    for rule in _expand(table, shapes):
-        tensor = torch.cat([ours[name] for name in rule.ours]) if len(rule.ours) > 1 else ours[rule.ours[0]]
+    for rule in _expand(table, config, shapes):
+        tensor = rule.join([ours[name] for name in rule.ours], config.heads)
+        tensor = tensor.unsqueeze(0) if rule.row else tensor
         tensor = tensor.t() if rule.transpose else tensor
         yield rule.theirs, (tensor if rule.shape is None else tensor.reshape(rule.shape(config))).contiguous()
 
@@ -188,15 +193,17 @@ def _shapes(config: TransformerConfig) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in build_model(config).named_parameters()}
 
 
-def _expand(table: HuggingFaceMap, shapes: Mapping[str, torch.Size]) -> list[TensorRule]:
+def _expand(table: HuggingFaceMap, config: TransformerConfig, shapes: Mapping[str, torch.Size]) -> list[TensorRule]:
     """The rules of this model's tensors, layer by layer; a rule for a tensor that it lacks falls away."""
-    layers = 1 + max((int(part) for name in shapes for part in name.split(".") if part.isdigit()), default=0)
     rules = []
     for rule in table.tensors:
-        for n in range(layers if "{n}" in rule.theirs else 1):
-            ours = tuple(name.replace("{n}", str(n)) for name in rule.ours)
+        if rule.when is not None and getattr(config, rule.when[0]) != rule.when[1]:
+            continue
+        for mark, number, ours_number in _layers_of(rule, config):
+            names = (name.replace("{last}", str(config.num_blocks - 1)) for name in rule.ours)
+            ours = tuple(name.replace(mark, str(ours_number)) for name in names)
             if ours[0] in shapes:
-                rules.append(replace(rule, theirs=rule.theirs.replace("{n}", str(n)), ours=ours))
+                rules.append(replace(rule, theirs=rule.theirs.replace(mark, str(number)), ours=ours))
     return rules
 
 
@@ -204,21 +211,41 @@ def _check_covered(config: TransformerConfig, shapes: Mapping[str, torch.Size]) 
     """ValueError where their models have no place for one of our tensors."""
     table = _map_of(FAMILIES[config.family])
     tables = [table, *(part.map for part in table.beside.values())]
-    covered = {name for one in tables for rule in _expand(one, shapes) for name in rule.ours}
+    covered = {name for one in tables for rule in _expand(one, config, shapes) for name in rule.ours}
     if missing := sorted(set(shapes) - covered):
         raise ValueError(f"{missing[0]}: {table.architecture} has no place for it")
+
+
+def _layers_of(rule: TensorRule, config: TransformerConfig) -> Iterator[tuple[str, int, int]]:
+    """(mark, their number, our number) of each layer that a rule is for; once where it is of none."""
+    if "{m}" in rule.theirs:
+        yield from (("{m}", number, ours) for number, ours in enumerate(config.runs[-1]))
+    elif "{n}" in rule.theirs:
+        inner = getattr(config, "generator", config).layers
+        yield from (("{n}", number, number) for number in range(max(config.layers, inner)))
+    else:
+        yield "{n}", 0, 0
 
 
 def _their_names(table: HuggingFaceMap, theirs: Mapping[str, Tensor]) -> dict[str, str]:
     """Full name -> name as given, without buffers and with the prefix that bare stacks leave out."""
     names = [name for name in theirs if not name.endswith(table.ignored)]
     if any(name.startswith(table.prefix) for name in names):
-        return {name: name for name in names}
-    return {name if name == table.tied[0] else table.prefix + name: name for name in names}
+        return {_renamed(table, name): name for name in names}
+    outside = {rule.theirs for rule in table.tensors if not rule.theirs.startswith(table.prefix)}
+    return {name if name in outside else table.prefix + name: name for name in names}
+
+
+def _renamed(table: HuggingFaceMap, name: str) -> str:
+    """A name as the rules have it."""
+    for other, ours in table.aliases.items():
+        if name.startswith(other):
+            return ours + name.removeprefix(other)
+    return name
 
 
 def _optional(table: HuggingFaceMap, config: TransformerConfig) -> set[str]:
-    return {table.tied[0]} if config.tied else set()
+    return {*table.copies, *table.zero, *([table.tied[0]] if config.tied else [])}
 
 
 def _check_names(what: str, expected: set[str], found: set[str], optional: set[str]) -> None:
@@ -229,16 +256,38 @@ def _check_names(what: str, expected: set[str], found: set[str], optional: set[s
         raise ValueError(f"{what} do not fit the config: {' and '.join(parts)}")
 
 
-def _check_tied(table: HuggingFaceMap, theirs: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+def _check_copies(
+    table: HuggingFaceMap, config: TransformerConfig, theirs: Mapping[str, Tensor], names: Mapping[str, str]
+) -> None:
+    """ValueError where a tensor that is the embedding under another name is not."""
     head, embedding = table.tied
-    if head in names and not torch.equal(theirs[names[head]], theirs[names[embedding]]):
+    if config.tied and _differs(head, embedding, theirs, names):
         raise ValueError(f"{head} differs from {embedding}, but the config ties them; set tie_word_embeddings to false")
+    for copy in table.copies:
+        if _differs(copy, embedding, theirs, names):
+            raise ValueError(f"{copy} differs from {embedding}: tables of their own are not supported here")
+
+
+def _differs(copy: str, embedding: str, theirs: Mapping[str, Tensor], names: Mapping[str, str]) -> bool:
+    return copy in names and not torch.equal(theirs[names[copy]], theirs[names[embedding]])
+
+
+def _check_alike(found: Mapping[str, Any]) -> None:
+    """ValueError where keys that one field of ours stands for differ."""
+    if len(set(found.values())) > 1:
+        given = ", ".join(f"{key}={value!r}" for key, value in found.items())
+        raise ValueError(f"config.json: {given}: are not supported here; expected them to be equal")
 
 
 def _reduced(config: TransformerConfig) -> dict[str, Any]:
     """Derived widths as null where they are what null means."""
     plain = config.num_kv_heads == config.heads, config.head_width * config.heads == config.width
     return {"kv_heads": None if plain[0] else config.kv_heads, "head_dim": None if plain[1] else config.head_dim}
+
+
+def _filled(config: TransformerConfig) -> dict[str, Any]:
+    """Derived widths as numbers."""
+    return config.derived()
 
 
 def _get(raw: Mapping[str, Any], key: str) -> Any:

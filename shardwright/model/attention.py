@@ -1,4 +1,4 @@
-"""Self-attention, causal or not, with any number of key heads, its masks, and the cache that generation keeps.
+"""Attention, causal or not, to oneself or to another stream, its masks, and the cache that generation keeps.
 
 Used by the blocks of transformer.py. Shapes: B batch, T tokens, S keys, D width, H heads, K key heads,
 d head width. Head counts are read off the tensors, so a module that holds some of the heads just works.
@@ -106,6 +106,32 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
+class CrossAttention(Attention):
+    """Attention of one stream to the tokens of another, whose keys generation computes once."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *, memory: Tensor | None, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """x [B, T, D], memory [B, S, D] (None where the cache has its keys), mask [B, 1, T, S] -> [B, T, D]."""
+        q = self.q(x).unflatten(-1, (-1, self.head_dim))
+        q = q if self.q_norm is None else self.q_norm(q)
+        if cache is None or cache.memory is None:
+            assert memory is not None, "nothing to attend to"
+            keys = self.keys(memory)
+        else:
+            keys = cache.memory
+        if cache is not None:
+            cache.memory = keys
+        y = self.core(q.transpose(1, 2), *keys, mask, False)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def keys(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, D] -> keys and values [B, K, S, d]."""
+        k, v = (part(memory).unflatten(-1, (-1, self.head_dim)) for part in (self.k, self.v))
+        k = k if self.k_norm is None else self.k_norm(k)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+
 def _suits_cpu_kernel(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> bool:
     """Compiled training in bf16 on a CPU, where torch's own backward kernel is slow."""
     return (
@@ -114,7 +140,7 @@ def _suits_cpu_kernel(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, d
         and causal
         and dropout == 0.0
         and q.shape[2] == k.shape[2]
-        and (mask is None or mask.dtype == q.dtype)
+        and (mask is None or (mask.dtype == q.dtype and not mask.requires_grad))
     )
 
 
@@ -164,10 +190,14 @@ def padding_mask(attention_mask: Tensor, past: int = 0, causal: bool = True) -> 
 
 
 class LayerCache:
-    """Keys and values of the tokens that one layer has seen, in memory reserved once."""
+    """Keys and values of the tokens that one layer has seen, in memory reserved once.
+
+    `memory`: those of the stream that it attends to beside its own, [B, K, S, d] each.
+    """
 
     def __init__(self, size: int) -> None:
         self.size, self.length = size, 0
+        self.memory: tuple[Tensor, Tensor] | None = None
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
 

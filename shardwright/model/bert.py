@@ -61,6 +61,8 @@ OURS: dict[str, Any] = {
     "mlp_bias": True,
     "head_bias": True,
     "head_transform": True,
+    "transform_bias": True,
+    "embed_width": None,
     "scale_embedding": False,
     "logit_softcap": None,
 }

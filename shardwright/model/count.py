@@ -9,26 +9,34 @@ Symbols: D width, F feed-forward width, L layers, H heads, K key heads, d head w
 from __future__ import annotations
 
 import math
-from functools import singledispatch
 from typing import NamedTuple
 
 import torch
 
 from shardwright.model.electra import ElectraConfig
 from shardwright.model.encoder import EncoderConfig
-from shardwright.model.families import build_model
+from shardwright.model.encoder_decoder import EncoderDecoderConfig
+from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.transformer import TransformerConfig
-from shardwright.model.xlnet import XLNetConfig
 
 #: Part of a parameter count -> what a component of a parameter's name may be; the first part that knows one has it.
 PARTS: dict[str, tuple[str, ...]] = {
-    "norms": ("norm", "attention_norm", "mlp_norm", "q_norm", "k_norm", "final_norm"),
-    "tokens": ("tokens",),
-    "positions": ("positions", "token_types", "query"),
-    "attention": ("attention",),
-    "mlp": ("mlp",),
+    "norms": (
+        "norm",
+        "attention_norm",
+        "cross_norm",
+        "mlp_norm",
+        "q_norm",
+        "k_norm",
+        "encoder_norm",
+        "final_norm",
+        "convolution_norm",
+    ),
+    "tokens": ("tokens", "projection"),
+    "positions": ("positions", "token_types", "encoder_relative", "decoder_relative", "relative", "query"),
+    "attention": ("attention", "cross"),
+    "mlp": ("mlp", "convolution"),
     "head": ("head",),
-    "projections": ("project",),
 }
 
 
@@ -45,11 +53,13 @@ def num_parameters(config: TransformerConfig) -> dict[str, int]:
 def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter in the model's order, from its modules on the meta device."""
     with torch.device("meta"):
-        one = build_model(config.with_layers(1))
+        one = build_model(config.one_of_each())
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in one.named_parameters():
-        blocks = range(config.layers) if name.startswith("blocks.0.") else (0,)
-        shapes |= {name.replace("blocks.0.", f"blocks.{n}.", 1): tuple(parameter.shape) for n in blocks}
+        first, _, rest = name.partition(".")
+        kind, _, rest = rest.partition(".")
+        names = [f"blocks.{n}.{rest}" for n in config.runs[int(kind)]] if first == "blocks" else [name]
+        shapes |= dict.fromkeys(names, tuple(parameter.shape))
     return shapes
 
 
@@ -72,116 +82,108 @@ class Flops(NamedTuple):
 
 
 def num_flops(
-    config: TransformerConfig, length: int, *, causal: bool | None = None, recomputed: int = 0, predicted: float = 1.0
+    config: TransformerConfig,
+    length: int,
+    *,
+    causal: bool | None = None,
+    recomputed: int = 0,
+    predicted: float = 1.0,
+    target: int | None = None,
+    rows: int = 1,
 ) -> Flops:
-    """FLOPs a token at sequences of `length` tokens, `recomputed` blocks being run twice.
+    """FLOPs a token at sequences of `length` tokens, `rows` a micro-batch, `recomputed` blocks being run twice.
 
     Forward: 2 x (matrix weights of the blocks) + 2 D V for the head + L x attention, where attention is
     2 products x 2 x H d x (keys a query sees): T in full, (T + 1) / 2 on average when the causal half alone
-    is counted (by default where the model is causal). The head and its transform see the share `predicted` of the
+    is counted (by default, unless `causal` is false). The head and its transform see the share `predicted` of the
     tokens. Backward is twice the forward. Embedding look-ups are free. (Kaplan et al. 2020, Chowdhery et al. 2022:
-    6 N + 12 L H d T is this in full.)
+    6 N + 12 L H d T is this in full.) Beside a source of `length` tokens an encoder-decoder has a target of `target`,
+    by default as many; a token is one of the source's.
     """
-    embed, block, head = layer_flops(config, length, causal=causal, predicted=predicted)
-    forward = config.layers * block + embed + head
-    return Flops(forward, 2 * forward, recomputed * block)
+    target = length if target is None else target
+    half = causal is None or causal
+    each = block_flops(config, length, target, half, rows, predicted)
+    runs = [len(run) * config.repeats * flops for run, flops in zip(config.runs, each, strict=True)]
+    predicting = target if isinstance(config, EncoderDecoderConfig) else length
+    blocks = sum(runs) / length
+    extra = FAMILIES[config.family].extra(config, length, rows, predicted)
+    forward = blocks + extra.embed / length + head_flops(config, length, predicted * predicting / length)
+    return Flops(forward, 2 * forward - extra.constant / length, recomputed * blocks / (config.num_blocks * config.repeats))
 
 
-def layer_flops(
-    config: TransformerConfig, length: int, *, causal: bool | None = None, predicted: float = 1.0
-) -> tuple[float, float, float]:
-    """Forward FLOPs a token of (the embedding, one block, all heads on top); arguments as of `num_flops`."""
-    causal = config.causal if causal is None else causal
-    keys = (length + 1) / 2 if causal else length
-    embed = _embed_flops(config, length, keys, predicted)
-    return embed, _block_flops(config, length, keys, predicted), _head_flops(config, length, predicted)
+def block_flops(
+    config: TransformerConfig,
+    length: int,
+    target: int,
+    causal_half: bool = True,
+    rows: int = 1,
+    predicted: float = 1.0,
+) -> list[float]:
+    """FLOPs of the forward pass of one sequence through a block of each kind, `runs` by `runs`; see `num_flops`."""
+    inner, kv = config.heads * config.head_width, config.num_kv_heads * config.head_width
+    projections = config.width * (2 * inner + 2 * kv)
+    matrices = 2.0 * (projections + (3 if config.gated else 2) * config.width * config.hidden_width)
+
+    def stack(tokens: int, causal: bool) -> float:
+        keys = (tokens + 1) / 2 if causal and causal_half else tokens
+        return tokens * (matrices + 4.0 * inner * keys)
+
+    if not isinstance(config, EncoderDecoderConfig):
+        more = FAMILIES[config.family].extra(config, length, rows, predicted).flops or (0.0,) * len(config.runs)
+        return [stack(length, config.causal) + one for one in more]
+    cross = 2.0 * config.width * (2 * inner * target + 2 * kv * length) + 4.0 * inner * target * length
+    return [stack(length, False), stack(target, True) + cross]
 
 
-@singledispatch
-def _block_flops(c: TransformerConfig, length: int, keys: float, predicted: float) -> float:
-    """Of one block, a token, forward."""
-    inner = c.heads * c.head_width
-    matrices = c.width * (2 * inner + 2 * c.num_kv_heads * c.head_width)
-    matrices += (3 if c.gated else 2) * c.width * c.hidden_width
-    return 2.0 * matrices + 4.0 * inner * keys
-
-
-@_block_flops.register
-def _(c: XLNetConfig, length: int, keys: float, predicted: float) -> float:
-    """Queries of both streams, where not all tokens are predicted; keys of one.
-
-    Not the projection of the distances' vectors, which is done once for all rows of a micro-batch.
-    """
-    inner = c.heads * c.head_width
-    query = 2.0 * c.width * (2 * inner + (3 if c.gated else 2) * c.hidden_width) + 4.0 * inner * keys
-    query += 2.0 * inner * (2 * length - 1)
-    streams = 1 + (predicted if predicted < 1 else 0)
-    return streams * query + 2.0 * c.width * 2 * inner
-
-
-@singledispatch
-def _embed_flops(c: TransformerConfig, length: int, keys: float, predicted: float) -> float:
-    """Of the layer of the embedding, a token, forward."""
-    return 0.0
-
-
-@_embed_flops.register
-def _(c: ElectraConfig, length: int, keys: float, predicted: float) -> float:
-    """Projections, and the generator with its head."""
-    own, table = c.generator, c.table_width
-    if not own.layers:
-        return _projection_flops(table, c.width)
-    blocks = own.layers * _block_flops(own, length, keys, predicted)
-    head = 2.0 * table * (own.width + c.vocab_size)
-    return _projection_flops(table, c.width) + _projection_flops(table, own.width) + blocks + predicted * head
-
-
-@singledispatch
-def _head_flops(c: TransformerConfig, length: int, predicted: float) -> float:
-    """Of the heads, a token, forward: that on tokens sees the share `predicted`."""
-    return predicted * 2.0 * c.width * c.vocab_size
-
-
-@_head_flops.register
-def _(c: EncoderConfig, length: int, predicted: float) -> float:
-    """Its transform as well, and the head for pairs once a sequence."""
-    transform = 2.0 * c.width * c.width * c.head_transform
+def head_flops(c: TransformerConfig, length: int, predicted: float) -> float:
+    """Of the heads, a token: that of tokens on the share `predicted`, that of pairs once a sequence."""
+    if isinstance(c, ElectraConfig):  # whether each token was replaced
+        return 2.0 * c.width * (c.width + 1)
+    tokens = 2.0 * c.token_width * c.vocab_size
+    if not isinstance(c, EncoderConfig):
+        return predicted * tokens
+    transform = 2.0 * c.width * c.token_width * c.head_transform
     pairs = 2.0 * c.width * (c.width + 2) * c.sentence_head
-    return predicted * (2.0 * c.width * c.vocab_size + transform) + pairs / length
+    projection = 2.0 * c.token_width * c.width * (c.embed_width is not None)
+    return predicted * (tokens + transform) + pairs / length + projection
 
 
-@_head_flops.register
-def _(c: ElectraConfig, length: int, predicted: float) -> float:
-    """On every token, whether it was replaced."""
-    return 2.0 * c.width * (c.width + 1)
-
-
-def _projection_flops(inputs: int, outputs: int) -> float:
-    return 0.0 if inputs == outputs else 2.0 * inputs * outputs
+def score_bias_bytes(config: TransformerConfig, rows: int, length: int, target: int, *, value_bytes: int) -> int:
+    """Bytes of the biases of scores that all blocks of a stack share, masks among them: H T^2 a row and stack."""
+    places = length**2 + (target**2 if len(config.runs) > 1 else 0)
+    return rows * config.heads * places * value_bytes if config.biased_scores else 0
 
 
 def activation_bytes(
-    config: TransformerConfig, tokens: int, *, value_bytes: int, length: int = 0, recomputed: bool = False
+    config: TransformerConfig,
+    tokens: int,
+    *,
+    value_bytes: int,
+    recomputed: bool = False,
+    memory: int | None = None,
+    length: int | None = None,
 ) -> int:
     """Bytes that one block keeps for its backward pass of `tokens` tokens, of `value_bytes` a value.
 
     Values a token, without a compiler: both norms' inputs and outputs (4 D), q, k, v and the attention's output
     (2 H d + 2 K d), and of the feed-forward layer its pre-activation and the input of `down` (2 F), or gate,
-    activated gate, up and their product (4 F). Plus float32 statistics: one a head (log-sum-exp), one (RMS) or two
+    activated gate, up and their product (4 F), one less where the activation is a ReLU, which goes back through its
+    own result. Plus float32 statistics: one a head (log-sum-exp), one (RMS) or two
     (mean and deviation) a norm. Dropout is recomputed from its keys but keeps a bool a value and site.
+    `length`: tokens of a sequence, the longest by default; it matters where a family keeps something for each pair.
     A recomputed block keeps its input alone. A compiled block keeps less: what is cheap it computes again. Where
-    torch has no fused RMSNorm (CPU), each keeps D values more. Relative positions (XLNet) keep the scores, for which
-    `length` of the sequences is needed; they are counted for one stream.
+    torch has no fused RMSNorm (CPU), each keeps D values more. `memory`: tokens of the source that a decoder's block
+    attends to as well, with a third norm and the keys and values of these.
     """
     c = config
     if recomputed:
         return tokens * c.width * value_bytes
-    values = 4 * c.width + 2 * (c.heads + c.num_kv_heads) * c.head_width + (4 if c.gated else 2) * c.hidden_width
-    statistics = c.heads + 2 * (2 if c.norm == "layer" else 1)
-    masks = 2 * c.width if c.residual_dropout else 0
-    if not isinstance(c, XLNetConfig):
-        return tokens * (values * value_bytes + statistics * 4 + masks)
-    inner = c.heads * c.head_width
-    values += inner + c.heads * length  # queries with either vector, and every score instead of its statistic
-    distances = tokens // length * inner * (2 * length - 1)
-    return tokens * (values * value_bytes + (statistics - c.heads) * 4 + masks) + distances * value_bytes
+    inner, kv, parts = c.heads * c.head_width, c.num_kv_heads * c.head_width, 2 if memory is None else 3
+    hidden = ((4 if c.gated else 2) - (c.activation in ("relu", "reglu"))) * c.hidden_width
+    values = 2 * parts * c.width + 2 * (parts - 1) * inner + 2 * kv + hidden
+    statistics = (parts - 1) * c.heads + parts * (2 if c.norm == "layer" else 1)
+    masks = parts * c.width if c.residual_dropout else 0
+    length = length or c.max_length
+    extra = FAMILIES[c.family].extra(c, length, max(tokens // length, 1), 1.0)
+    more = int(tokens * extra.values + extra.fixed) + (memory or 0) * 2 * kv
+    return tokens * (values * value_bytes + statistics * 4 + masks) + more * value_bytes

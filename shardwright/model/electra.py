@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from shardwright.config import meaning
 from shardwright.model import bert
-from shardwright.model.attention import as_bias
 from shardwright.model.dropout import layer_keys
 from shardwright.model.encoder import Encoder, EncoderConfig, SegmentEmbed
-from shardwright.model.family import Beside, Family, HuggingFaceMap, TensorRule, weight_and_bias
+from shardwright.model.family import Beside, Extra, Family, HuggingFaceMap, TensorRule, weight_and_bias
 from shardwright.model.layers import ACTIVATIONS, Linear
 from shardwright.model.transformer import (
     Block,
@@ -30,6 +30,7 @@ from shardwright.model.transformer import (
     PostNormBlock,
     TransformerConfig,
     build_stack_norm,
+    suit_kernel,
 )
 
 
@@ -43,20 +44,20 @@ class ElectraConfig(EncoderConfig):
     }
 
     family: Literal["electra"] = meaning("electra", "Model family")
-    embed_width: int | None = meaning(None, "Width of the embedding; null is that of the stack", ge=1)
     generator_layers: int | None = meaning(None, "Blocks of the generator; null is as many as the stack's, 0 none", ge=0)
     generator_width: int | None = meaning(None, "Width of the generator; null is a quarter of the stack's", ge=1)
     generator_heads: int | None = meaning(None, "Heads of the generator; null is one for every 64 channels", ge=1)
     generator_mlp_width: int | None = meaning(None, "Feed-forward width of the generator; null is 4 x its width", ge=1)
 
-    def with_layers(self, layers: int) -> Self:
-        """The same model with so many blocks in its stack; the generator keeps its own."""
-        return self.model_copy(update={"layers": layers, "generator_layers": self.generator.layers})
+    @model_validator(mode="after")
+    def _plain_width(self) -> ElectraConfig:
+        if self.embed_width == self.width:
+            self.__dict__["embed_width"] = None  # nothing is projected
+        return self
 
-    @property
-    def table_width(self) -> int:
-        """Width of the embedding."""
-        return self.embed_width or self.width
+    def one_of_each(self) -> TransformerConfig:
+        """The same with one block in its stack; the generator keeps its own."""
+        return self.model_copy(update={"layers": 1, "generator_layers": self.generator.layers})
 
     @property
     def ties_stages(self) -> bool:
@@ -77,31 +78,30 @@ class ElectraConfig(EncoderConfig):
         }
         return self.model_copy(update=shape)
 
-    @property
     def derived(self) -> dict[str, Any]:
-        """Widths and counts that null leaves to be derived, as numbers."""
+        """What fields that may be null come to."""
         own = self.generator
         found = {"layers": own.layers, "width": own.width, "heads": own.heads, "mlp_width": own.hidden_width}
         generator = {f"generator_{name}": value for name, value in found.items()}
-        return {**super().derived, "embed_width": self.table_width, **generator}
+        return {**super().derived(), "embed_width": self.token_width, **generator}
 
 
 class GeneratorHead(Head):
     """The generator's head on the tokens: norm(gelu(dense(x))) back to the embedding's width, its weight, and a bias."""
 
-    def __init__(self, config: ElectraConfig, table: TransformerConfig) -> None:
-        super().__init__(table)
-        self.transform = GeneratorTransform(config.generator.width, table)
+    def __init__(self, config: ElectraConfig) -> None:
+        super().__init__(config)
+        self.transform = GeneratorTransform(config)
 
 
 class GeneratorTransform(nn.Module):
     """norm(gelu(dense(x)))."""
 
-    def __init__(self, width: int, table: TransformerConfig) -> None:
+    def __init__(self, config: ElectraConfig) -> None:
         super().__init__()
-        self.dense = Linear(width, table.width)
+        self.dense = Linear(config.generator.width, config.token_width)
         self.function = ACTIVATIONS["gelu"].function  # whatever the blocks have
-        self.norm = build_stack_norm(table)
+        self.norm = build_stack_norm(config, config.token_width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., G] -> [..., E]."""
@@ -111,18 +111,18 @@ class GeneratorTransform(nn.Module):
 class Generator(nn.Module):
     """A narrow stack on the shared embedding, with a head on the tokens."""
 
-    def __init__(self, config: ElectraConfig, table: TransformerConfig) -> None:
+    def __init__(self, config: ElectraConfig) -> None:
         super().__init__()
         own = config.generator
-        self.project = build_projection(table.width, own.width)
+        self.projection = None if config.token_width == own.width else Linear(config.token_width, own.width)
         block = Block if own.norm_placement == "pre" else PostNormBlock
         self.blocks = nn.ModuleDict({str(n): block(own) for n in range(own.layers)})
         self.final_norm = build_stack_norm(own) if own.norm_placement == "pre" else None
-        self.head = GeneratorHead(config, table)
+        self.head = GeneratorHead(config)
 
     def forward(self, x: Tensor, context: Context, keys: Tensor | None) -> Tensor:
         """Embedded tokens [B, T, E] -> hidden states [B, T, G]; `keys` [layers] of its blocks' dropout."""
-        x = x if self.project is None else self.project(x)
+        x = x if self.projection is None else self.projection(x)
         for name, block in self.blocks.items():
             x = block(x, context, None if keys is None else keys[int(name)], None)
         return x if self.final_norm is None else self.final_norm(x)
@@ -132,24 +132,12 @@ class ElectraEmbed(SegmentEmbed):
     """The embedding that both stacks read, the projection to the width of the larger one, and the generator."""
 
     def __init__(self, config: ElectraConfig) -> None:
-        table = config.model_copy(update={"width": config.table_width})
-        super().__init__(table)
-        self.project = build_projection(table.width, config.width)
-        self.generator = Generator(config, table) if config.generator.layers else None
+        super().__init__(config)
+        self.generator = Generator(config) if config.generator.layers else None
 
     def vectors(self, input_ids: Tensor, context: Context, layer_key: Tensor | None = None) -> Tensor:
-        """ids [B, T] -> [B, T, E]."""
-        return super().forward(input_ids, context, layer_key)
-
-    def forward(self, input_ids: Tensor, context: Context, layer_key: Tensor | None = None) -> Tensor:
-        """ids [B, T] -> [B, T, D]."""
-        x = self.vectors(input_ids, context, layer_key)
-        return x if self.project is None else self.project(x)
-
-
-def build_projection(inputs: int, outputs: int) -> Linear | None:
-    """From one width to another; nothing where they are the same."""
-    return None if inputs == outputs else Linear(inputs, outputs)
+        """ids [B, T] -> [B, T, E], what both stacks read."""
+        return Embed.forward(self, input_ids, context, layer_key)
 
 
 class ReplacedHead(nn.Module):
@@ -206,9 +194,8 @@ class Electra(Encoder):
         keys = self._draft_keys(context)
         assert self.embed is not None
         x = self.embed.vectors(inputs.input_ids, context, None if keys is None else keys[0])
-        if context.mask is not None and x.device.type == "cpu":
-            context = context._replace(mask=as_bias(context.mask, x.dtype))
-        return generator(x, context._replace(layer_keys=None), None if keys is None else keys[1:])
+        context = context._replace(mask=suit_kernel(context.mask, x), layer_keys=None)
+        return generator(x, context, None if keys is None else keys[1:])
 
     def _draft_keys(self, context: Context) -> Tensor | None:
         """[1 + layers] keys of dropout, numbered after those of the stack, so that nothing is dropped alike in both."""
@@ -260,6 +247,19 @@ class Electra(Encoder):
         return self.logits(self.draft(inputs))
 
 
+def extra_cost(config: ElectraConfig, length: int, rows: int, predicted: float) -> Extra:
+    """What the layer of the embedding costs: projections, the generator's stack, and its head on the predicted share."""
+    own, table = config.generator, config.token_width
+    projections = table * config.width * (config.embed_width is not None)
+    if not own.layers:
+        return Extra(embed=2.0 * length * projections)
+    matrices = own.width * (4 * own.heads * own.head_width + (3 if own.gated else 2) * own.hidden_width)
+    stack = own.layers * (matrices + 2 * own.heads * own.head_width * length)
+    projections += table * own.width * (table != own.width)
+    head = table * (own.width + config.vocab_size)
+    return Extra(embed=2.0 * length * (projections + stack + predicted * head))
+
+
 #: What both of their models have in common.
 SHARED_FIELDS = {**bert.FIELDS, "max_length": ("max_position_embeddings",), "embed_width": ("embedding_size",)}
 GENERATOR_FIELDS = {
@@ -277,6 +277,7 @@ DEFAULTS = {
     "num_attention_heads": 4,
     "intermediate_size": 1024,
 }
+OURS = {**{field: value for field, value in bert.OURS.items() if field != "embed_width"}, "position_offset": 0}
 THEIRS = {"is_decoder": False, "add_cross_attention": False}
 TABLE_RULES = tuple(
     TensorRule(rule.theirs, rule.ours) for rule in bert.stack_rules("electra.") if ".embeddings." in rule.theirs
@@ -294,12 +295,12 @@ GENERATOR = HuggingFaceMap(
     model_type="electra",
     fields={**{f: k for f, k in SHARED_FIELDS.items() if not STACK_KEYS.intersection(k)}, **GENERATOR_FIELDS},
     values=bert.ACTIVATION,
-    ours={**bert.OURS, "position_offset": 0},
+    ours=OURS,
     theirs=THEIRS,
     defaults=DEFAULTS,
     tensors=(
         *TABLE_RULES,
-        *weight_and_bias("electra.embeddings_project", "embed.generator.project"),
+        *weight_and_bias("electra.embeddings_project", "embed.generator.projection"),
         *block_rules("embed.generator."),
         *weight_and_bias("generator_predictions.dense", "embed.generator.head.transform.dense"),
         *weight_and_bias("generator_predictions.LayerNorm", "embed.generator.head.transform.norm"),
@@ -313,12 +314,12 @@ HUGGINGFACE = HuggingFaceMap(
     model_type="electra",
     fields=SHARED_FIELDS,
     values=bert.ACTIVATION,
-    ours={**bert.OURS, "position_offset": 0, "sentence_head": False},
+    ours={**OURS, "sentence_head": False},
     theirs=THEIRS,
     defaults=DEFAULTS,
     tensors=(
         *TABLE_RULES,
-        *weight_and_bias("electra.embeddings_project", "embed.project"),
+        *weight_and_bias("electra.embeddings_project", "embed.projection"),
         *block_rules(""),
         *weight_and_bias("discriminator_predictions.dense", "head.replaced.dense"),
         *weight_and_bias("discriminator_predictions.dense_prediction", "head.replaced.classifier"),
@@ -328,4 +329,4 @@ HUGGINGFACE = HuggingFaceMap(
     beside={"generator": Beside(GENERATOR, absent={"generator_layers": 0})},
 )
 
-FAMILY = Family(ElectraConfig, Electra, HUGGINGFACE)
+FAMILY = Family(ElectraConfig, Electra, HUGGINGFACE, extra=extra_cost)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from shardwright.config import meaning
@@ -29,6 +30,7 @@ from shardwright.model.transformer import (
 class EncoderConfig(TransformerConfig):
     """BERT's choices: post-norm, exact GELU, learned positions, two segments, a transform before the tied head."""
 
+    kind: ClassVar[str] = "encoder"
     causal: ClassVar[bool] = False
 
     max_length: int = meaning(512, "Longest sequence", ge=1)
@@ -39,16 +41,33 @@ class EncoderConfig(TransformerConfig):
     head_bias: bool = meaning(True, "Bias of the head")
     token_types: int = meaning(2, "Kinds of segments that a token may be of; 0 leaves their vectors out", ge=0)
     head_transform: bool = meaning(True, "A dense layer, activation and norm before the head")
+    transform_bias: bool = meaning(True, "Bias of that dense layer")
+    embed_width: int | None = meaning(None, "Width of token vectors, then projected; null is the width itself", ge=1)
     sentence_head: bool = meaning(False, "A pooler and a classifier of pairs of segments, on the first token")
     init: Literal["gpt2", "bert", "xavier", "he", "t5", "small", "fan_in"] = meaning("bert", "Initialisation")
 
+    @model_validator(mode="after")
+    def _check_factors(self) -> EncoderConfig:
+        if self.embed_width is not None and not self.head_transform:
+            raise ValueError(
+                f"embed_width={self.embed_width} needs head_transform, which brings hidden states back to it"
+            )
+        return self
+
+    @property
+    def token_width(self) -> int:
+        """Width of token vectors."""
+        return self.embed_width or self.width
+
 
 class SegmentEmbed(Embed):
-    """Token vectors with those of their segments added."""
+    """Token vectors with those of their segments added; where they are narrower, brought to the stream's width."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
-        self.token_types = nn.Embedding(config.token_types, config.width) if config.token_types else None
+        narrow = config.token_width
+        self.token_types = nn.Embedding(config.token_types, narrow) if config.token_types else None
+        self.projection = Linear(narrow, config.width) if config.embed_width else None
 
     def look_up(self, input_ids: Tensor, context: Context) -> Tensor:
         """ids [B, T] -> vectors [B, T, D] of tokens and segments."""
@@ -59,18 +78,23 @@ class SegmentEmbed(Embed):
             return x + self.token_types.weight[0]
         return x + self.token_types(context.token_types)
 
+    def forward(self, input_ids: Tensor, context: Context, layer_key: Tensor | None = None) -> Tensor:
+        """ids [B, T] -> [B, T, D]."""
+        x = super().forward(input_ids, context, layer_key)
+        return x if self.projection is None else self.projection(x)
+
 
 class Transform(nn.Module):
     """norm(act(dense(x))): what BERT puts before the product with the token vectors."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.dense = Linear(config.width, config.width)
+        self.dense = Linear(config.width, config.token_width, bias=config.transform_bias)
         self.function = ACTIVATIONS[config.activation].function
-        self.norm = build_stack_norm(config)
+        self.norm = build_stack_norm(config, config.token_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+        """[..., D] -> [..., width of token vectors]."""
         return self.norm(self.function(self.dense(x)))
 
 
@@ -100,6 +124,8 @@ class Encoder(LanguageModel):
     """An encoder with a language-model head."""
 
     head: EncoderHead | None
+    #: What Hugging Face calls the logits of the head for pairs.
+    pairs: ClassVar[str] = "seq_relationship_logits"
 
     def build_embed(self, config: Any) -> Embed:
         """Tokens, segments and positions."""
@@ -123,7 +149,7 @@ class Encoder(LanguageModel):
         position_ids: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """`logits` [B, T, V] under Hugging Face's names, and `seq_relationship_logits` [B, 2] where there is that head.
+        """`logits` [B, T, V] under Hugging Face's names, and those of pairs [B, 2] where there is that head.
 
         `documents` [B, T] keeps packed documents apart.
         """
@@ -131,4 +157,4 @@ class Encoder(LanguageModel):
         hidden = self.hidden(inputs)
         pairs = {name: head(hidden[:, 0]) for name, head in self.other_heads().items()}
         answer = {"logits": self.logits(hidden)}
-        return {**answer, "seq_relationship_logits": pairs["sentence"]} if pairs else answer
+        return {**answer, self.pairs: pairs["sentence"]} if pairs else answer

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from shardwright.model import bert, electra, gpt2, gpt3, llama, roberta, xlnet
+from shardwright.model import (
+    albert,
+    bart,
+    bert,
+    crammed,
+    deberta,
+    electra,
+    gpt2,
+    gpt3,
+    llama,
+    modernbert,
+    roberta,
+    t5,
+    transformer_2017,
+    xlnet,
+)
 from shardwright.model.family import Family
 from shardwright.model.transformer import LanguageModel, TransformerConfig
 
@@ -12,8 +27,16 @@ FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
     "bert": bert.FAMILY,
     "roberta": roberta.FAMILY,
+    "albert": albert.FAMILY,
+    "deberta": deberta.FAMILY,
+    "deberta_v2": deberta.FAMILY_V2,
+    "crammed": crammed.FAMILY,
+    "modernbert": modernbert.FAMILY,
     "electra": electra.FAMILY,
     "xlnet": xlnet.FAMILY,
+    "t5": t5.FAMILY,
+    "bart": bart.FAMILY,
+    "transformer": transformer_2017.FAMILY,
 }
 
 

@@ -5,9 +5,12 @@ A family's own file makes one `Family`; families.py merges them into a table; in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from shardwright.model.transformer import LanguageModel, TransformerConfig
 
@@ -16,14 +19,47 @@ from shardwright.model.transformer import LanguageModel, TransformerConfig
 class TensorRule:
     """One tensor of theirs is ours laid one after the other along dim 0, and transposed if so said.
 
-    `{n}` in a name stands for the number of a layer. `shape`: theirs, by our config, where it has dims that ours joins
-    (after transposing).
+    `{n}` in a name stands for the number of a layer, `{last}` for that of the last one, `{m}` for that of a decoder's
+    where there are two stacks: theirs begin at 0, ours go on from the encoder's. row: theirs is a matrix of one row.
+    by_heads: ours lie one after the other within each head of theirs. shape: theirs, by our config, where it has dims
+    that ours joins. when: (attribute of the config, its value) that the rule is for.
     """
 
     theirs: str
     ours: tuple[str, ...]
     transpose: bool = False
+    row: bool = False
+    by_heads: bool = False
     shape: Callable[[Any], tuple[int, ...]] | None = None
+    when: tuple[str, Any] | None = None
+
+    def split(self, theirs: Tensor, sizes: Sequence[int], heads: int) -> tuple[Tensor, ...]:
+        """Ours, so many rows each, out of theirs, which lies as ours do."""
+        if not self.by_heads:
+            return theirs.split(list(sizes))
+        parts = theirs.unflatten(0, (heads, -1)).split([size // heads for size in sizes], dim=1)
+        return tuple(part.flatten(0, 1) for part in parts)
+
+    def join(self, ours: Sequence[Tensor], heads: int) -> Tensor:
+        """Theirs of ours, lying as ours do."""
+        if self.by_heads:
+            return torch.cat([part.unflatten(0, (heads, -1)) for part in ours], dim=1).flatten(0, 1)
+        return torch.cat(list(ours)) if len(ours) > 1 else ours[0]
+
+
+class OneOf:
+    """Values that mean the same to us; the first is what we write."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __eq__(self, other: object) -> bool:
+        return other in self.values
+
+    def __repr__(self) -> str:
+        return repr(self.values[0])
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def weight_and_bias(theirs: str, ours: str) -> tuple[TensorRule, TensorRule]:
@@ -39,13 +75,19 @@ class HuggingFaceMap:
     fields that it stands for; where it names some, `architecture` is among them.
     fields: our config field -> their keys (a dot goes into a section); all are written, the first found is read.
     shifts: our config field -> how much greater theirs is.
+    alike: keys of theirs that must have one value, since one field of ours stands for all of them.
     values: our config field -> (their key, {our value: their value}).
     ours: config fields of ours that their format cannot say otherwise.
-    theirs: their keys that must have these values, or be absent.
+    theirs: their keys that must have these values (one of `OneOf`), or be absent.
     defaults: what their keys are where a config.json leaves them out.
-    tensors: every tensor. tied: their head and embedding, one tensor where the head is tied.
+    tensors: every tensor. tied: their head and embedding, one tensor where the head is tied. copies: other names of the
+    embedding, which their files may have. zero: tensors that a model without a place for them may have as zeros, and
+    what says that it has one.
     prefix: what the names lack in checkpoints of the bare stack. ignored: endings of buffers that carry nothing.
+    aliases: beginnings of their names that other versions use -> those of `tensors`.
     beside: by folder inside theirs, what else of theirs our model holds.
+    lacks: our fields as their code computes them, where it lacks a part whose weights it carries; what they compute is
+    to be compared with that.
     """
 
     architecture: str
@@ -54,13 +96,18 @@ class HuggingFaceMap:
     tensors: tuple[TensorRule, ...]
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shifts: Mapping[str, int] = field(default_factory=dict)
+    alike: tuple[tuple[str, ...], ...] = ()
     values: Mapping[str, tuple[str, Mapping[Any, Any]]] = field(default_factory=dict)
     ours: Mapping[str, Any] = field(default_factory=dict)
     theirs: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tied: tuple[str, str] = ("", "")
+    copies: tuple[str, ...] = ()
+    zero: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
     ignored: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    lacks: Mapping[str, Any] = field(default_factory=dict)
     beside: Mapping[str, Beside] = field(default_factory=dict)
 
 
@@ -74,6 +121,16 @@ class Beside:
     absent: Mapping[str, Any]
 
 
+class Extra(NamedTuple):
+    """What a family costs beyond what count.py knows. FLOPs are those of one sequence's forward pass."""
+
+    flops: tuple[float, ...] = ()  # through a block, `runs` by `runs`
+    embed: float = 0.0  # through the layer of the embedding
+    constant: float = 0.0  # of all these, products with what has no gradient: half of their backward pass is left out
+    values: float = 0.0  # that a block keeps for its backward pass, a token
+    fixed: float = 0.0  # that it keeps whatever the number of tokens
+
+
 @dataclass(frozen=True)
 class Family:
     """One line of the family table."""
@@ -81,3 +138,10 @@ class Family:
     config: type[TransformerConfig]
     build: Callable[[Any], LanguageModel]
     huggingface: HuggingFaceMap | None = None
+    #: (config, tokens of a sequence, sequences of a micro-batch, share of predicted tokens) -> what `count` has to add.
+    extra: Callable[[Any, int, int, float], Extra] = lambda config, length, rows, predicted: Extra()
+
+    @property
+    def kind(self) -> str:
+        """decoder, encoder or encoder-decoder."""
+        return self.config.kind

@@ -19,7 +19,7 @@ from shardwright.model.transformer import TransformerConfig
 # (config, last part of the name such as "q" or "tokens", shape) -> standard deviation.
 Scheme = Callable[[TransformerConfig, str, torch.Size], float]
 
-EMBEDDINGS = ("tokens", "positions", "token_types")
+EMBEDDINGS = ("tokens", "positions", "token_types", "table")
 RESIDUAL = ("out", "down")  # what adds to the residual stream
 
 
@@ -44,11 +44,17 @@ def _he(config: TransformerConfig, part: str, shape: torch.Size) -> float:
 
 
 def _t5(config: TransformerConfig, part: str, shape: torch.Size) -> float:
-    """Variance 1 / in, embeddings and a free head N(0, 1) (Raffel et al. 2020, Mesh TensorFlow).
+    """Variance 1 / in, embeddings and a free head N(0, 1), biases of distances 1 / D (Raffel et al. 2020, Mesh
+    TensorFlow).
 
-    T5 also divides q by sqrt(d), in place of the 1 / sqrt(d) of the scores; here the scores have theirs.
+    q is divided by sqrt(d) where the scores are not.
     """
-    return 1.0 if part in (*EMBEDDINGS, "head") else shape[1] ** -0.5
+    if part in (*EMBEDDINGS, "head"):
+        return 1.0
+    if part.endswith("relative"):
+        return config.width**-0.5
+    unscaled = part == "q" and config.score_scale == 1.0
+    return (shape[1] * config.head_width if unscaled else shape[1]) ** -0.5
 
 
 def _small(config: TransformerConfig, part: str, shape: torch.Size) -> float:
@@ -83,6 +89,8 @@ def initial_value(config: TransformerConfig, name: str, shape: torch.Size, seed:
         return torch.zeros(shape)
     if part.endswith("norm"):
         return torch.ones(shape)
+    if leaf == "scale":  # of sinusoidal positions (Hua et al. 2022)
+        return torch.full(shape, config.width**-0.5)
     if len(shape) == 1:  # vectors that are no bias: Transformer-XL's u and v, XLNet's first query
         return torch.empty(shape).normal_(std=config.init_std, generator=_generator(seed, name))
     std = SCHEMES[config.init](config, part, shape)

@@ -1,18 +1,26 @@
-"""What tells a token where it stands: sinusoidal vectors and rotary angles, computed from positions.
+"""What tells a token where it stands: sinusoidal vectors, rotary angles and buckets of distances, from positions.
 
-Both are pure functions of the positions, so there is no table to store, to shard or to rebuild
-after a model was made on the meta device. Shapes: B batch (or 1), T tokens, D width, H heads, d head width.
+All are pure functions of the positions, so there is no table to store, to shard or to rebuild after a model was made
+on the meta device; sinusoids may have a learned scale. Shapes: B batch (or 1), T tokens, D width, H heads,
+d head width.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def sinusoidal(positions: Tensor, width: int) -> Tensor:
-    """float32 vectors [B, T, D] of positions [B, T]: sines in even channels, cosines in odd (Vaswani et al. 2017)."""
+def sinusoidal(positions: Tensor, width: int, *, halves: bool = False) -> Tensor:
+    """float32 vectors [B, T, D] of positions [B, T]: sines in even channels, cosines in odd (Vaswani et al. 2017).
+
+    `halves`: sines in the first half of the channels, cosines in the second, as in the program of that paper.
+    """
     angles = _angles(positions, width, 10000.0)
+    if halves:
+        return torch.cat((angles.sin(), angles.cos()), dim=-1)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
@@ -24,6 +32,19 @@ def relative_sinusoidal(length: int, width: int, device: torch.device) -> Tensor
     distances = torch.arange(length - 1, -length, -1, device=device)
     angles = _angles(distances, width, 10000.0)
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class ScaledSinusoids(nn.Module):
+    """Sinusoidal vectors times one learned number, at first 1 / sqrt(D) (Hua et al. 2022, FLASH)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.scale = nn.Parameter(torch.full((1,), width**-0.5))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D]."""
+        return self.scale * sinusoidal(positions, self.width).to(self.scale.dtype)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -39,6 +60,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def distance_bucket(offset: Tensor, buckets: int, longest: int, *, bidirectional: bool) -> Tensor:
+    """int64 number in 0..buckets-1 of each offset (place of the key less that of the query) (Raffel et al. 2020).
+
+    Half of the buckets are of one distance each, the others grow by a factor up to `longest`, where the last one
+    begins. Of both directions each has half of them; else later keys are as near as the query itself.
+    """
+    first = torch.zeros_like(offset)
+    if bidirectional:
+        buckets //= 2
+        first = (offset > 0).long() * buckets
+        distance = offset.abs()
+    else:
+        distance = -offset.clamp(max=0)
+    exact = buckets // 2
+    # In float32 and this order, so that no rounding puts a distance into another bucket than elsewhere.
+    share = torch.log(distance.clamp(min=1).float() / exact) / math.log(longest / exact)
+    far = (exact + (share * (buckets - exact)).long()).clamp(max=buckets - 1)
+    return first + torch.where(distance < exact, distance, far)
 
 
 def _angles(positions: Tensor, width: int, theta: float) -> Tensor:

@@ -1,17 +1,17 @@
 """One stack of blocks with an embedding below and a head above, assembled from one typed config: the decoders.
 
 Stands on the other files of the model room; a family (gpt2.py, llama.py, ...) is a set of defaults for
-`TransformerConfig`; encoder.py adds what encoders have beyond it. What a forward pass needs beyond the activations is
-built once and handed to each block as a `Context` of tensors, so that all blocks are one compiled graph and no block
-reads the host.
+`TransformerConfig`; encoder.py adds what encoders have beyond it, encoder_decoder.py a second stack. What a forward
+pass needs beyond the activations is built once and handed to each block as a `Context` of tensors, so that all blocks
+are one compiled graph and no block reads the host.
 Shapes: B batch, T tokens, D width, V vocabulary, S keys (T, or more with a cache).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from shardwright.model.attention import Attention, Cache, LayerCache, as_bias, d
 from shardwright.model.dropout import Dropout, layer_keys, token_keys
 from shardwright.model.layers import ACTIVATIONS, MLP, build_norm
 
+Kind = TypeVar("Kind", bound=Attention)
 ActivationName = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh", "reglu"]
 
 
@@ -31,8 +32,14 @@ class TransformerConfig(ModelConfig):
     """Shape and choices of a Transformer stack; a family gives its own defaults and sizes."""
 
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: What an objective can train: decoder, encoder or encoder-decoder.
+    kind: ClassVar[str] = "decoder"
     #: Whether no token sees a later one.
     causal: ClassVar[bool] = True
+    #: What scores of attention are multiplied by; None is 1 / sqrt(width of a head).
+    score_scale: ClassVar[float | None] = None
+    #: Whether biases that are trained are added to scores, the same in all blocks.
+    biased_scores: ClassVar[bool] = False
 
     size: str | None = meaning(None, "A published size of the family; fields given beside it win")
     layers: int = meaning(12, "Blocks", ge=1)
@@ -43,7 +50,7 @@ class TransformerConfig(ModelConfig):
     mlp_width: int | None = meaning(None, "Feed-forward width; null is 4 x width, or 8/3 rounded up if gated", ge=1)
     max_length: int = meaning(1024, "Longest sequence", ge=1)
     position_offset: int = meaning(0, "Rows of the learned positions that come before the first one's", ge=0)
-    positions: Literal["learned", "sinusoidal", "rotary", "none"] = meaning("learned", "How positions enter")
+    positions: Literal["learned", "sinusoidal", "scaled", "rotary", "none"] = meaning("learned", "How positions enter")
     rope_theta: float = meaning(10000.0, "Base of the rotary angles", gt=0)
     norm: Literal["layer", "rms"] = meaning("layer", "Kind of norm")
     norm_eps: float = meaning(1e-5, "Added to the variance", gt=0)
@@ -84,8 +91,8 @@ class TransformerConfig(ModelConfig):
             raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_width}")
-        if self.positions == "sinusoidal" and self.width % 2:
-            raise ValueError(f"sinusoidal positions need an even width, not {self.width}")
+        if self.positions in ("sinusoidal", "scaled") and self.token_width % 2:
+            raise ValueError(f"sinusoidal positions need an even width, not {self.token_width}")
         return self
 
     @property
@@ -106,13 +113,14 @@ class TransformerConfig(ModelConfig):
         return 256 * math.ceil(8 * self.width / 3 / 256) if self.gated else 4 * self.width
 
     @property
+    def token_width(self) -> int:
+        """Width of token vectors: that of the residual stream, unless an embedding is factorised."""
+        return self.width
+
+    @property
     def gated(self) -> bool:
         """Whether the feed-forward layer has a gate."""
         return ACTIVATIONS[self.activation].gated
-
-    def with_layers(self, layers: int) -> Self:
-        """The same model with so many blocks in its stack."""
-        return self.model_copy(update={"layers": layers})
 
     @property
     def ties_stages(self) -> bool:
@@ -120,8 +128,26 @@ class TransformerConfig(ModelConfig):
         return self.tied
 
     @property
+    def runs(self) -> tuple[range, ...]:
+        """The numbers of the blocks, in runs of blocks that are alike."""
+        return (range(self.layers),)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all kinds."""
+        return self.runs[-1].stop
+
+    @property
+    def repeats(self) -> int:
+        """Times that each block is run, one after the other."""
+        return 1
+
+    def one_of_each(self) -> TransformerConfig:
+        """The same with one block of each kind."""
+        return self.model_copy(update={"layers": 1})
+
     def derived(self) -> dict[str, Any]:
-        """Widths and counts that null leaves to be derived, as numbers."""
+        """What fields that may be null come to."""
         return {"kv_heads": self.num_kv_heads, "head_dim": self.head_width, "mlp_width": self.hidden_width}
 
     @property
@@ -144,14 +170,24 @@ class Inputs(NamedTuple):
     key_index: Tensor | None = None  # [B, S] place in the row of each key, where more keys are seen than input_ids has
     key_documents: Tensor | None = None  # [B, S] `documents` of those keys
     token_types: Tensor | None = None  # [B, T] int64, which segment of a pair a token is of; default 0
-    key_token_types: Tensor | None = None  # [B, S] `token_types` of the keys at key_index
+    key_token_types: Tensor | None = None  # [B, S] `token_types` of those keys
     order: Tensor | None = None  # [B, T] int64, when each token comes where tokens are predicted in an order of its own
-    key_order: Tensor | None = None  # [B, S] `order` of the keys at key_index
+    key_order: Tensor | None = None  # [B, S] `order` of those keys
     places: Tensor | None = None  # [B, P] int64, which positions are predicted, where a model has to know
+    # Of an encoder-decoder, whose target the tensors above are of: the same of its source, S tokens a row.
+    encoder_ids: Tensor | None = None
+    encoder_positions: Tensor | None = None
+    encoder_documents: Tensor | None = None  # a target sees the source of its own document
+    encoder_mask: Tensor | None = None
+    encoder_row_index: Tensor | None = None
+    encoder_key_index: Tensor | None = None
+    encoder_key_documents: Tensor | None = None
 
 
 class Context(NamedTuple):
     """What every block of one forward pass shares; built once by `LanguageModel.context`."""
+
+    OF_TOKENS = ("position_ids", "token_keys", "token_types", "places", "query_keys")  # of the residual stream's tokens
 
     position_ids: Tensor  # [B or 1, T] int64
     mask: Tensor | None = None  # [B, 1, T, S], true (or 0 against -inf) where attended; holds the causal rule too
@@ -161,6 +197,20 @@ class Context(NamedTuple):
     token_keys: Tensor | None = None  # [B, T] int64, where dropout is on
     layer_keys: Tensor | None = None  # [layers + 1] int64; a block is handed its own, so this is None there
     token_types: Tensor | None = None  # [B, T] int64, of the residual stream as position_ids are
+    cross_mask: Tensor | None = None  # [B, 1, T, S], as `mask`, of the keys that an encoder gives
+    encoder: Context | None = None  # what the blocks of the encoder share
+    relative: Tensor | None = None  # [2R, D] vectors of relative distances
+    distances: Tensor | None = None  # [B or 1, T, S] int64, row of `relative` for each query and key
+    local_mask: Tensor | None = None  # as `mask`, of blocks that see a window
+    local_cos: Tensor | None = None  # and their angles
+    local_sin: Tensor | None = None
+    near: Tensor | None = None  # [B, T, N] bool, which of the N neighbours of a token a convolution may see
+    # Of two streams (two_stream.py), the second of P predicted tokens; `mask` is of both.
+    places: Tensor | None = None  # [B, P]
+    query_keys: Tensor | None = None  # [B, P] int64, as `token_keys`
+    query_distances: Tensor | None = None  # [B, P, S] int64, as `distances`
+    seeing: Tensor | None = None  # [B, 1, T + P, 1], false for a query that sees no key; there `mask` is true
+    differ: Tensor | None = None  # [B, 1, T + P, S], true where key and query are of different segments
 
 
 class Embed(nn.Module):
@@ -168,14 +218,17 @@ class Embed(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.width)
-        learned = config.positions == "learned"
-        rows = config.max_length + config.position_offset
-        self.positions = nn.Embedding(rows, config.width) if learned else None
+        width = config.token_width
+        self.tokens = nn.Embedding(config.vocab_size, width)
+        self.positions: nn.Module | None = None
+        if config.positions == "learned":
+            self.positions = nn.Embedding(config.max_length + config.position_offset, width)
+        elif config.positions == "scaled":
+            self.positions = position.ScaledSinusoids(width)
         self.offset = config.position_offset
         self.sinusoidal = config.positions == "sinusoidal"
         self.scale = math.sqrt(config.width) if config.scale_embedding else 1.0
-        self.norm = build_stack_norm(config) if config.embed_norm else None
+        self.norm = build_stack_norm(config, width) if config.embed_norm else None
         self.dropout = Dropout(config.embed_dropout, site=0)
 
     def look_up(self, input_ids: Tensor, context: Context) -> Tensor:
@@ -201,21 +254,15 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.attention_norm = build_stack_norm(config)
-        self.attention = Attention(
-            config.width,
-            config.heads,
-            config.num_kv_heads,
-            config.head_width,
-            qkv_bias=config.qkv_bias,
-            out_bias=config.out_bias,
-            qk_norm=config.norm if config.qk_norm else None,
-            norm_eps=config.norm_eps,
-            dropout=config.attention_dropout,
-        )
+        self.attention = self.build_attention(config)
         self.mlp_norm = build_stack_norm(config)
         self.mlp = MLP(config.width, config.hidden_width, config.activation, bias=config.mlp_bias)
         self.attention_dropout = Dropout(config.residual_dropout, site=1)
         self.mlp_dropout = Dropout(config.residual_dropout, site=2)
+
+    def build_attention(self, config: Any) -> nn.Module:
+        """What lets tokens see each other."""
+        return build_attention(config, Attention)
 
     def attend(self, x: Tensor, context: Context, layer_key: Tensor | None, cache: LayerCache | None) -> Tensor:
         """What attention adds to the residual stream."""
@@ -248,13 +295,16 @@ class PostNormBlock(Block):
 class LanguageModel(nn.Module):
     """A stack with a language-model head. A part of it has the other modules set to None."""
 
+    #: Modules that are no layers: every part of a model has them, since blocks anywhere use them.
+    shared_tables: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         if config.vocab_size < 1:
             raise ValueError("model.vocab_size=0: fill in the tokenizer's size before the model is built")
         self.config = config
         self.embed: Embed | None = self.build_embed(config)
-        self.blocks = nn.ModuleDict({str(n): self.build_block(config) for n in range(config.layers)})
+        self.blocks = nn.ModuleDict({str(n): self.build_block(config, n) for n in range(config.num_blocks)})
         # A post-norm stack ends in a norm already.
         self.final_norm: nn.Module | None = build_stack_norm(config) if config.norm_placement == "pre" else None
         self.head: Head | None = self.build_head(config)
@@ -263,8 +313,8 @@ class LanguageModel(nn.Module):
         """What makes vectors of ids."""
         return Embed(config)
 
-    def build_block(self, config: Any) -> nn.Module:
-        """One layer of the stack."""
+    def build_block(self, config: Any, number: int) -> nn.Module:
+        """One block."""
         return Block(config) if config.norm_placement == "pre" else PostNormBlock(config)
 
     def build_head(self, config: Any) -> Head | None:
@@ -278,14 +328,29 @@ class LanguageModel(nn.Module):
         parts += [("final_norm", self.final_norm), ("head", self.head)]
         return [(name, module) for name, module in parts if module is not None]
 
+    def steps(self) -> Iterator[tuple[int, nn.Module]]:
+        """The blocks in the order in which they are run, each with the number of its layer."""
+        repeats = self.config.repeats
+        return ((int(name) * repeats + n, block) for name, block in self.blocks.items() for n in range(repeats))
+
     def context(self, inputs: Inputs, cache: Cache | None = None) -> Context:
         """What the blocks share, from inputs alone: every part of a model can build it for itself."""
-        ids, past = inputs.input_ids, cache.length if cache else 0
-        index = inputs.row_index
+        return self.with_layers(self.stream(inputs, cache.length if cache else 0, self.config.causal))
+
+    def with_layers(self, context: Context) -> Context:
+        """The same with what tells layers apart, where dropout is on."""
+        if context.token_keys is None:
+            return context
+        layers = self.config.num_blocks * self.config.repeats
+        return context._replace(layer_keys=layer_keys(layers, context.token_keys.device))
+
+    def stream(self, inputs: Inputs, past: int, causal: bool) -> Context:
+        """`context` of one stream of tokens, `past` of which a cache holds, without what tells layers apart."""
+        ids, index = inputs.input_ids, inputs.row_index
         if index is None:
             index = torch.arange(past, past + ids.shape[1], device=ids.device)
         positions = torch.atleast_2d(index) if inputs.position_ids is None else inputs.position_ids
-        mask, causal = build_mask(inputs, past, self.config.causal)
+        mask, causal = build_mask(inputs, past, causal)
         cos, sin = None, None
         if self.config.positions == "rotary":
             cos, sin = position.rotary(positions, self.config.head_width, self.config.rope_theta)
@@ -295,8 +360,11 @@ class LanguageModel(nn.Module):
         sequence = inputs.sequence
         if sequence is None:
             sequence = torch.arange(ids.shape[0], device=ids.device)
-        tokens = token_keys(inputs.seed, inputs.step, sequence, index)
-        return context._replace(token_keys=tokens, layer_keys=layer_keys(self.config.layers, ids.device))
+        return context._replace(token_keys=token_keys(inputs.seed, inputs.step, sequence, index))
+
+    def border(self, shapes: Mapping[str, torch.Size]) -> int:
+        """Tokens a row of what one stage of a pipeline hands to the next, by the shapes of a batch's arrays."""
+        return shapes["input_ids"][1]
 
     def hidden(self, inputs: Inputs, x: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Activations [B, T, D] after the final norm; `x` [B, T, D] enters where an earlier stage left off."""
@@ -306,11 +374,9 @@ class LanguageModel(nn.Module):
         if x is None:
             assert self.embed is not None, "a part without the embedding needs the activations of the part before it"
             x = self.embed(inputs.input_ids, context, None if keys is None else keys[0])
-        if context.mask is not None and x.device.type == "cpu":
-            # CPU kernels want an additive mask: turn it over once, not once a block.
-            context = context._replace(mask=as_bias(context.mask, x.dtype))
-        for n, (name, block) in enumerate(self.blocks.items()):
-            key = None if keys is None else keys[int(name) + 1]
+        context = context._replace(mask=suit_kernel(context.mask, x), local_mask=suit_kernel(context.local_mask, x))
+        for n, (layer, block) in enumerate(self.steps()):
+            key = None if keys is None else keys[layer + 1]
             x = block(x, context, key, None if cache is None else cache.layers[n])
         return x if self.final_norm is None else self.final_norm(x)
 
@@ -318,9 +384,9 @@ class LanguageModel(nn.Module):
         """Of what the last block gave, what the heads read: all of it, where a model has one stream."""
         return hidden
 
-    def border(self, shapes: Mapping[str, torch.Size]) -> int:
-        """Tokens a row of the activations between pipeline stages, from the shapes of a batch by name."""
-        return shapes["input_ids"][1]
+    def build_cache(self, size: int) -> Cache:
+        """For so many tokens."""
+        return Cache(self.config.num_blocks, size)
 
     @property
     def head_weight(self) -> Tensor:
@@ -370,15 +436,40 @@ class Head(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        shape = (config.vocab_size, config.width)
+        shape = (config.vocab_size, config.token_width)
         self.weight = None if config.tied else nn.Parameter(torch.empty(shape).normal_(std=0.02))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
         self.transform: nn.Module | None = None
 
 
-def build_stack_norm(config: TransformerConfig) -> nn.Module:
-    """A norm of the residual stream."""
-    return build_norm(config.norm, config.width, eps=config.norm_eps, weight=config.norm_weight, bias=config.norm_bias)
+def build_stack_norm(config: TransformerConfig, width: int | None = None) -> nn.Module:
+    """A norm of the residual stream, or of what else is so wide."""
+    return build_norm(
+        config.norm, width or config.width, eps=config.norm_eps, weight=config.norm_weight, bias=config.norm_bias
+    )
+
+
+def build_attention(config: TransformerConfig, kind: type[Kind]) -> Kind:
+    """An attention of this kind, as wide as the config says."""
+    return kind(
+        config.width,
+        config.heads,
+        config.num_kv_heads,
+        config.head_width,
+        qkv_bias=config.qkv_bias,
+        out_bias=config.out_bias,
+        qk_norm=config.norm if config.qk_norm else None,
+        norm_eps=config.norm_eps,
+        dropout=config.attention_dropout,
+        scale=config.score_scale,
+    )
+
+
+def suit_kernel(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """A mask as attention of `x` takes it: CPU kernels want an additive one, turned over once and not once a block."""
+    if mask is None or mask.dtype != torch.bool or x.device.type != "cpu":
+        return mask
+    return as_bias(mask, x.dtype)
 
 
 def build_mask(inputs: Inputs, past: int, causal: bool) -> tuple[Tensor | None, bool]:

@@ -11,38 +11,20 @@ L = S tokens of the whole row, D width, H heads, d head width.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from shardwright.model.attention import Core
 from shardwright.model.dropout import Dropout
 from shardwright.model.layers import MLP, Linear
-from shardwright.model.transformer import TransformerConfig, build_stack_norm
+from shardwright.model.transformer import Context, TransformerConfig, build_stack_norm
 
 
-class StreamContext(NamedTuple):
-    """What every block of one forward pass shares; built once by `XLNet.context`."""
-
-    position_ids: Tensor  # [B or 1, T] of the content stream
-    distances: Tensor  # [2L - 1, D] vectors of the distances L - 1, ..., 1 - L
-    mask: Tensor | None = None  # [B, 1, N, S], true where attended
-    seeing: Tensor | None = None  # [B, 1, N, 1], false for a query that sees no key; there `mask` is true
-    differ: Tensor | None = None  # [B, 1, N, S], true where key and query are of different segments
-    rows: Tensor | None = None  # [B or 1, 1, T, S] the row of `distances` for each; None where T = S in order
-    query_rows: Tensor | None = None  # [B, 1, P, S]
-    places: Tensor | None = None  # [B, P] of the query stream
-    token_keys: Tensor | None = None  # [B, T] int64, where dropout is on
-    query_keys: Tensor | None = None  # [B, P]
-    layer_keys: Tensor | None = None  # [layers + 1] int64; a block is handed its own, so this is None there
-
-    @property
-    def stream_keys(self) -> Tensor | None:
-        """[B, N], of both streams as they lie."""
-        if self.token_keys is None or self.query_keys is None:
-            return self.token_keys
-        return torch.cat([self.token_keys, self.query_keys], dim=1)
+def stream_keys(context: Context) -> Tensor | None:
+    """[B, N] keys of dropout, of both streams as they lie."""
+    if context.token_keys is None or context.query_keys is None:
+        return context.token_keys
+    return torch.cat([context.token_keys, context.query_keys], dim=1)
 
 
 class RelativeTerms(nn.Module):
@@ -56,7 +38,7 @@ class RelativeTerms(nn.Module):
         self.segment = nn.Parameter(torch.empty(heads * head_dim).normal_(std=0.02))  # s
         self.segments = nn.Parameter(torch.empty(2, heads * head_dim).normal_(std=0.02))  # e: the same, another
 
-    def forward(self, q: Tensor, r: Tensor, context: StreamContext) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, r: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """q [B, N, Hd], r [2L - 1, Hd] -> (q + u [B, H, N, d], bias of the scaled scores [B, H, N, S])."""
         scores = self._heads(q + self.position) @ self._heads(r).transpose(-1, -2)
         bias = self._at_distances(scores, context)
@@ -72,19 +54,20 @@ class RelativeTerms(nn.Module):
         """[..., n, Hd] -> [..., H, n, d]."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(-2, -3)
 
-    def _at_distances(self, scores: Tensor, context: StreamContext) -> Tensor:
+    def _at_distances(self, scores: Tensor, context: Context) -> Tensor:
         """Of scores with all distances [B, H, N, 2L - 1] those of each query's keys [B, H, N, S]."""
-        tokens = scores.shape[2] - (0 if context.query_rows is None else context.query_rows.shape[2])
+        rows, queries = context.distances, context.query_distances
+        tokens = scores.shape[2] - (0 if queries is None else queries.shape[1])
         content = scores[:, :, :tokens]
-        parts = [shift(content) if context.rows is None else pick(content, context.rows)]
-        if context.query_rows is not None:
-            parts.append(pick(scores[:, :, tokens:], context.query_rows))
+        parts = [shift(content) if rows is None else pick(content, rows)]
+        if queries is not None:
+            parts.append(pick(scores[:, :, tokens:], queries))
         return torch.cat(parts, dim=2)
 
 
 def pick(scores: Tensor, rows: Tensor) -> Tensor:
-    """[B, H, n, 2L - 1] at rows [B or 1, 1, n, S] -> [B, H, n, S]."""
-    return scores.gather(-1, rows.expand(*scores.shape[:2], -1, -1))
+    """[B, H, n, 2L - 1] at rows [B or 1, n, S] -> [B, H, n, S]."""
+    return scores.gather(-1, rows.unsqueeze(1).expand(*scores.shape[:2], -1, -1))
 
 
 def shift(scores: Tensor) -> Tensor:
@@ -109,17 +92,18 @@ class TwoStreamAttention(nn.Module):
         self.k = Linear(width, heads * head_dim, bias=False)
         self.v = Linear(width, heads * head_dim, bias=False)
         self.r = Linear(width, heads * head_dim, bias=False)
-        self.relative = RelativeTerms(heads, head_dim)
+        self.terms = RelativeTerms(heads, head_dim)
         self.core = Core(dropout)
         self.out = Linear(heads * head_dim, width, bias=False)
 
     def forward(
-        self, content: Tensor, query: Tensor | None = None, *, context: StreamContext
+        self, content: Tensor, query: Tensor | None = None, *, context: Context
     ) -> tuple[Tensor, Tensor | None]:
         """content [B, T, D], query [B, P, D] -> the same shapes."""
+        assert context.relative is not None, "the vectors of all distances"
         both = content if query is None else torch.cat([content, query], dim=1)
         k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in (self.k(content), self.v(content)))
-        q, bias = self.relative(self.q(both), self.r(context.distances.to(both.dtype)), context)
+        q, bias = self.terms(self.q(both), self.r(context.relative.to(both.dtype)), context)
         y = self.core(q, k, v, bias, False)
         if context.seeing is not None:
             y = y.where(context.seeing, 0.0)
@@ -145,17 +129,17 @@ class TwoStreamBlock(nn.Module):
         self.mlp_dropout = Dropout(config.residual_dropout, site=2)
 
     def forward(
-        self, x: Tensor, context: StreamContext, layer_key: Tensor | None = None, cache: None = None
+        self, x: Tensor, context: Context, layer_key: Tensor | None = None, cache: None = None
     ) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
         content, query = split_streams(x, context)
         y, z = self.attention(content, query, context=context)
         y = y if z is None else torch.cat([y, z], dim=1)
-        x = self.attention_norm(x + self.attention_dropout(y, context.stream_keys, layer_key))
-        return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), context.stream_keys, layer_key))
+        x = self.attention_norm(x + self.attention_dropout(y, stream_keys(context), layer_key))
+        return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), stream_keys(context), layer_key))
 
 
-def split_streams(x: Tensor, context: StreamContext) -> tuple[Tensor, Tensor | None]:
+def split_streams(x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
     """[B, N, D] -> content [B, T, D], query [B, P, D] or None."""
     if context.places is None:
         return x, None

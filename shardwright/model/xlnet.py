@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from shardwright.config import meaning
 from shardwright.model.attention import Cache
-from shardwright.model.dropout import Dropout, layer_keys, mix, token_keys
-from shardwright.model.family import Family, HuggingFaceMap, TensorRule, weight_and_bias
+from shardwright.model.dropout import mix, token_keys
+from shardwright.model.family import Extra, Family, HuggingFaceMap, TensorRule, weight_and_bias
 from shardwright.model.position import relative_sinusoidal
-from shardwright.model.transformer import ActivationName, Embed, Inputs, LanguageModel, TransformerConfig
-from shardwright.model.two_stream import StreamContext, TwoStreamBlock
+from shardwright.model.transformer import ActivationName, Context, Embed, Inputs, LanguageModel, TransformerConfig
+from shardwright.model.two_stream import TwoStreamBlock, stream_keys
 
 _QUERY = 0x51A7E  # tells dropout of the query stream from that of the content stream at the same place
 
@@ -41,6 +41,7 @@ FIXED: dict[str, Any] = {
 class XLNetConfig(TransformerConfig):
     """XLNet's choices; its sizes are BERT's."""
 
+    kind: ClassVar[str] = "encoder"
     causal: ClassVar[bool] = False
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {
         "base": {"layers": 12, "width": 768, "heads": 12},
@@ -87,14 +88,12 @@ class TwoStreamEmbed(Embed):
         super().__init__(config)
         self.query = Query(config.width)
 
-    def forward(  # type: ignore[override]
-        self, input_ids: Tensor, context: StreamContext, layer_key: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, context: Context, layer_key: Tensor | None = None) -> Tensor:
         """ids [B, T] -> [B, N, D]."""
         x = self.tokens(input_ids)
         if context.places is not None:
             x = torch.cat([x, self.query(context.places).to(x.dtype)], dim=1)
-        return self.dropout(x, context.stream_keys, layer_key)
+        return self.dropout(x, stream_keys(context), layer_key)
 
 
 class XLNet(LanguageModel):
@@ -106,11 +105,11 @@ class XLNet(LanguageModel):
         """Tokens and the query stream's first vector."""
         return TwoStreamEmbed(config)
 
-    def build_block(self, config: Any) -> nn.Module:
+    def build_block(self, config: Any, number: int) -> nn.Module:
         """One of two streams."""
         return TwoStreamBlock(config)
 
-    def context(self, inputs: Inputs, cache: Cache | None = None) -> StreamContext:  # type: ignore[override]
+    def context(self, inputs: Inputs, cache: Cache | None = None) -> Context:
         """What the blocks share, from inputs alone."""
         if cache is not None:
             raise ValueError("XLNet keeps no cache of keys")
@@ -122,28 +121,23 @@ class XLNet(LanguageModel):
         keys = index if inputs.key_index is None else inputs.key_index
         mask = build_mask(inputs)
         seeing = None if mask is None else mask.any(-1, keepdim=True)
-        context = StreamContext(
+        context = Context(
             position_ids=index,
-            distances=relative_sinusoidal(keys.shape[1], self.config.width, ids.device),
+            causal=False,
+            relative=relative_sinusoidal(keys.shape[1], self.config.width, ids.device),
             mask=mask if seeing is None or mask is None else mask | ~seeing,
             seeing=seeing,
             differ=build_differ(inputs),
-            rows=None if inputs.row_index is None else distance_rows(index, keys),
-            query_rows=None if inputs.places is None else distance_rows(index.gather(1, inputs.places), keys),
+            distances=None if inputs.row_index is None else distance_rows(index, keys),
+            query_distances=None if inputs.places is None else distance_rows(index.gather(1, inputs.places), keys),
             places=inputs.places,
         )
         if not (self.training and self.config.has_dropout):
             return context
-        return self._with_dropout(context, inputs)
-
-    def _with_dropout(self, context: StreamContext, inputs: Inputs) -> StreamContext:
-        ids, sequence = inputs.input_ids, inputs.sequence
-        if sequence is None:
-            sequence = torch.arange(ids.shape[0], device=ids.device)
-        keys = token_keys(inputs.seed, inputs.step, sequence, context.position_ids)
-        queries = None if inputs.places is None else mix(keys.gather(1, inputs.places) ^ _QUERY)
-        layers = layer_keys(self.config.layers, ids.device)
-        return context._replace(token_keys=keys, query_keys=queries, layer_keys=layers)
+        sequence = torch.arange(len(ids), device=ids.device) if inputs.sequence is None else inputs.sequence
+        tokens = token_keys(inputs.seed, inputs.step, sequence, context.position_ids)
+        queries = None if inputs.places is None else mix(tokens.gather(1, inputs.places) ^ _QUERY)
+        return self.with_layers(context._replace(token_keys=tokens, query_keys=queries))
 
     def hidden(self, inputs: Inputs, x: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Activations [B, N, D], of the content stream and then of the query stream; see `output`."""
@@ -152,7 +146,7 @@ class XLNet(LanguageModel):
         context = context._replace(layer_keys=None)
         if x is None:
             assert self.embed is not None, "a part without the embedding needs the activations of the part before it"
-            x = self.embed(inputs.input_ids, context, None if keys is None else keys[0])  # type: ignore[arg-type]
+            x = self.embed(inputs.input_ids, context, None if keys is None else keys[0])
         for name, block in self.blocks.items():
             x = block(x, context, None if keys is None else keys[int(name) + 1], None)
         return x
@@ -238,8 +232,29 @@ def _of(x: Tensor, places: Tensor | None) -> Tensor:
 
 
 def distance_rows(index: Tensor, keys: Tensor) -> Tensor:
-    """Rows of the table of distances [B, 1, n, S] of queries at `index` [B, n] in the row and keys at `keys` [B, S]."""
-    return (keys.shape[1] - 1 - index.unsqueeze(-1) + keys.unsqueeze(-2)).unsqueeze(1)
+    """Rows of the table of distances [B, n, S] of queries at `index` [B, n] in the row and keys at `keys` [B, S]."""
+    return keys.shape[1] - 1 - index.unsqueeze(-1) + keys.unsqueeze(-2)
+
+
+def extra_cost(config: XLNetConfig, length: int, rows: int, predicted: float) -> Extra:
+    """What blocks cost beyond plain ones of one stream. Symbols as in count.py.
+
+    A product of queries with the vectors of all 2T - 1 distances, and once for all rows of a micro-batch these vectors'
+    projection (which have no gradient). Where not all tokens are predicted, those that are have queries of their own:
+    q, out, attention and feed-forward layer. Kept, for one stream and as torch does it on a CPU: queries twice,
+    probabilities in place of their log-sum-exp, a copy of the distances for every row.
+    """
+    inner, distances = config.heads * config.head_width, 2 * length - 1
+    projection = 2.0 * config.width * inner * distances / rows
+    streams = 1 + (predicted if predicted < 1 else 0)
+    query = 2.0 * config.width * (2 * inner + (3 if config.gated else 2) * config.hidden_width) + 4.0 * inner * length
+    block = projection + length * (streams * 2.0 * inner * distances + (streams - 1) * query)
+    return Extra(
+        (block,),
+        constant=config.layers * projection,
+        values=inner + config.heads * (length - 1),
+        fixed=rows * inner * distances,
+    )
 
 
 def _split_heads(*dims: str) -> Any:
@@ -285,13 +300,13 @@ HUGGINGFACE = HuggingFaceMap(
     tensors=(
         TensorRule("transformer.word_embedding.weight", ("embed.tokens.weight",)),
         TensorRule("transformer.mask_emb", ("embed.query.weight",), shape=_split_heads("1", "1", "width")),
-        *(TensorRule(f"{_ATTENTION}{x}", (f"{_OURS}{x}.weight",), True, _MATRIX) for x in "qkvr"),
+        *(TensorRule(f"{_ATTENTION}{x}", (f"{_OURS}{x}.weight",), True, shape=_MATRIX) for x in "qkvr"),
         TensorRule(f"{_ATTENTION}o", (f"{_OURS}out.weight",), shape=_MATRIX),
-        TensorRule(f"{_ATTENTION}r_w_bias", (f"{_OURS}relative.content",), shape=_VECTOR),
-        TensorRule(f"{_ATTENTION}r_r_bias", (f"{_OURS}relative.position",), shape=_VECTOR),
-        TensorRule(f"{_ATTENTION}r_s_bias", (f"{_OURS}relative.segment",), shape=_VECTOR),
+        TensorRule(f"{_ATTENTION}r_w_bias", (f"{_OURS}terms.content",), shape=_VECTOR),
+        TensorRule(f"{_ATTENTION}r_r_bias", (f"{_OURS}terms.position",), shape=_VECTOR),
+        TensorRule(f"{_ATTENTION}r_s_bias", (f"{_OURS}terms.segment",), shape=_VECTOR),
         TensorRule(
-            f"{_ATTENTION}seg_embed", (f"{_OURS}relative.segments",), shape=_split_heads("2", "heads", "head_width")
+            f"{_ATTENTION}seg_embed", (f"{_OURS}terms.segments",), shape=_split_heads("2", "heads", "head_width")
         ),
         *weight_and_bias(f"{_ATTENTION}layer_norm", "blocks.{n}.attention_norm"),
         *weight_and_bias("transformer.layer.{n}.ff.layer_1", "blocks.{n}.mlp.up"),
@@ -303,4 +318,4 @@ HUGGINGFACE = HuggingFaceMap(
     prefix="transformer.",
 )  # fmt: skip
 
-FAMILY = Family(XLNetConfig, XLNet, HUGGINGFACE)
+FAMILY = Family(XLNetConfig, XLNet, HUGGINGFACE, extra=extra_cost)

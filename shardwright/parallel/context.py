@@ -13,8 +13,11 @@ Shapes: B batch, T tokens of a row, S keys (= T), H heads, K key heads, d head w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -79,6 +82,31 @@ class ContextRows:
         return torch.cat([tensor[:, start:stop] for start, stop in self.spans], dim=1)
 
 
+#: Arrays of an encoder's row as those of a row are named.
+_OF_SOURCE = {
+    "encoder_ids": "input_ids",
+    "encoder_positions": "position_ids",
+    "encoder_documents": "documents",
+    "encoder_row_index": "row_index",
+    "encoder_key_index": "key_index",
+    "encoder_key_documents": "key_documents",
+}
+
+
+class PairRows:
+    """`ContextRows` of an encoder-decoder, whose streams are of two lengths and cut each by itself."""
+
+    def __init__(self, size: int, index: int) -> None:
+        self.rows = cache(partial(ContextRows, size, index))
+
+    def slice(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Own rows of both; see `ContextRows.slice`."""
+        of_source, of_target = (self.rows(batch[name].shape[1]) for name in ("encoder_ids", "input_ids"))
+        target = of_target.slice({name: x for name, x in batch.items() if name not in _OF_SOURCE})
+        source = of_source.slice({_OF_SOURCE[name]: x for name, x in batch.items() if name in _OF_SOURCE})
+        return target | {name: source[of_row] for name, of_row in _OF_SOURCE.items() if of_row in source}
+
+
 def own_chunks(size: int, index: int) -> tuple[int, int]:
     """The early and the late chunk, of 2 x size, that rank `index` owns."""
     return index, 2 * size - 1 - index
@@ -102,30 +130,50 @@ class ContextCore(nn.Module):
         self.inner, self.mesh = inner, mesh
         self.size, self.index = mesh.size(), mesh.get_local_rank()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        """Own q [B, H, N, d], k and v [B, K, T/c, d]; mask [B, 1 or H, N, T], keys in order -> [B, H, N, d].
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, *rest: Any) -> Tensor:
+        """Own q [B, H, N, d], k and v [B, K, S/c, d]; mask [B, 1 or H, N, S], keys in order -> [B, H, N, d].
 
-        Causal queries are the own tokens, N = T/c: each chunk of them sees the chunks up to its own.
+        N is T/c, the own tokens; with a second stream more where nothing is causal.
+
+        S is T but in attention to another stream. Where no key is hidden there need not be a mask. `rest` is what
+        else `inner` is told, of own queries and all keys in their order.
         """
-        assert mask is not None, "own rows need their mask: give the model row_index and key_index"
-        chunk = k.shape[2] // 2
-        keys = self._gather(torch.stack([k, v]), chunk)
+        keys = self._gather(torch.stack([k, v]))
         if not causal:
-            k, v = torch.cat(keys, dim=3).unbind(0)
-            return self.inner(q, k, v, mask, causal)
-        outputs = []
+            return self.inner(q, *torch.cat(keys, dim=3).unbind(0), mask, False, *rest)
+        assert not rest, "told of whole rows"
+        assert mask is not None, "own rows need their mask: give the model row_index and key_index"
+        chunk, outputs = q.shape[2] // 2, []
         for part, place in enumerate(own_chunks(self.size, self.index)):
             rows = slice(part * chunk, (part + 1) * chunk)
-            seen = place + 1  # chunks after a causal query's own are hidden anyway
+            seen = place + 1  # later chunks are hidden anyway
             k, v = torch.cat(keys[:seen], dim=3).unbind(0)
             outputs.append(self.inner(q[:, :, rows], k, v, mask[:, :, rows, : seen * chunk], causal))
         return torch.cat(outputs, dim=2)
 
-    def _gather(self, own: Tensor, chunk: int) -> list[Tensor]:
-        """Own keys and values [2, B, K, T/c, d] -> those of each chunk of the row, in order; gradients are summed."""
-        whole = gather(own.unsqueeze(0), 0, self.mesh.get_group())
+    def _gather(self, own: Tensor) -> list[Tensor]:
+        """Own keys and values [2, B, K, S/c, d] -> those of each chunk of the row, in order; gradients are summed."""
+        whole, chunk = gather(own.unsqueeze(0), 0, self.mesh.get_group()), own.shape[3] // 2
         early, late = zip(*(part.split(chunk, dim=3) for part in whole.unbind(0)), strict=True)
         return [*early, *reversed(late)]
+
+
+class ContextWindow(nn.Module):
+    """Stands where a convolution looks for the neighbours of its tokens: some of them are other ranks' tokens."""
+
+    def __init__(self, inner: nn.Module, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.inner, self.mesh = inner, mesh
+
+    def forward(self, x: Tensor, near: Tensor) -> Tensor:
+        """Own x [B, T/c, I], near [B, T/c, N] -> [B, T/c, N, I], zeros where `near` says no."""
+        chunk, size = x.shape[1] // 2, near.shape[-1]
+        whole = gather(x.unsqueeze(0), 0, self.mesh.get_group())
+        early, late = zip(*(part.split(chunk, dim=1) for part in whole.unbind(0)), strict=True)
+        row = F.pad(torch.cat([*early, *reversed(late)], dim=1), (0, 0, size // 2, size - 1 - size // 2))
+        places = own_chunks(self.mesh.size(), self.mesh.get_local_rank())
+        parts = [row[:, place * chunk : (place + 1) * chunk + size - 1].unfold(1, size, 1) for place in places]
+        return torch.cat(parts, dim=1).transpose(-1, -2) * near.unsqueeze(-1)
 
 
 def apply_context(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -137,12 +185,13 @@ def apply_context(model: nn.Module, mesh: DeviceMesh) -> None:
     if mesh.size() == 1:
         return
     replace_cores(model, lambda core: ContextCore(core, mesh))
+    replace_cores(model, lambda window: ContextWindow(window, mesh), "window")
 
 
-def replace_cores(model: nn.Module, build: Callable[[nn.Module], nn.Module]) -> None:
-    """Put what `build` makes of the core of every attention in its place."""
+def replace_cores(model: nn.Module, build: Callable[[nn.Module], nn.Module], name: str = "core") -> None:
+    """Put what `build` makes of the core of every attention in its place, or of another part by its name."""
     for module in list(model.modules()):
-        core = getattr(module, "core", None)
+        core = getattr(module, name, None)
         if isinstance(core, nn.Module):
             assert not hasattr(core, "inner"), "applied twice"
-            module.core = build(core)
+            setattr(module, name, build(core))

@@ -40,8 +40,7 @@ _FORWARD: dict[str, type] = {
 class _Key(NamedTuple):
     """What one of torch's schedules is made for."""
 
-    ids: torch.Size  # [B, T] of a micro-batch
-    between: tuple[int, ...]  # of the activations between its stages
+    shapes: tuple[tuple[str, torch.Size], ...]  # of a micro-batch's arrays, by name
     num_micro: int  # micro-batches of a step
     training: bool
 
@@ -66,7 +65,7 @@ class Pipeline:
         activation: Callable[[Mapping[str, torch.Size]], Sequence[int]],
         terms: int = 1,
     ) -> None:
-        """`modules` by stage index; `activation`: shapes of a rank's batch by name -> [B, T', D] between stages.
+        """`modules` by stage index; `activation`: shapes of a rank's micro-batch -> [B, T', D] between stages.
 
         `dtype` is that of activations, `terms` the number of loss terms, which are in its master format. ValueError for
         a schedule that cannot have so many stages a rank.
@@ -99,7 +98,7 @@ class Pipeline:
         """
         if reason := check_micro_batches(self.schedule, self.size, len(self.modules), len(batches)):
             raise ValueError(reason)
-        schedule = self._schedule(self._key(batches, training=True))
+        schedule = self._schedule(_Key(_shapes(batches), len(batches), training=True))
         losses: list[Tensor] = []
         # The target is no label (those are in the batches), but a schedule with a loss asks for one.
         target = torch.zeros(len(batches))
@@ -111,16 +110,11 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """Forward passes alone, any number of them: the last stage's outputs added up, [terms]; 0 elsewhere."""
-        schedule = self._schedule(self._key(batches, training=False))
+        schedule = self._schedule(_Key(_shapes(batches), len(batches), training=False))
         outputs = schedule.step(*self._inputs(batches), **_joined(batches))
         if not self.is_last:
             return torch.zeros(self.terms, dtype=self.wide, device=self.device)
         return outputs.view(len(batches), self.terms).sum(0)
-
-    def _key(self, batches: Sequence[Batch], *, training: bool) -> _Key:
-        ids = _shape(batches)
-        between = tuple(self.activation({name: tensor.shape for name, tensor in batches[0].items()}))
-        return _Key(ids, between, len(batches), training)
 
     def _inputs(self, batches: Sequence[Batch]) -> tuple[Tensor, ...]:
         return (torch.cat([batch["input_ids"] for batch in batches]),) if 0 in self.modules else ()
@@ -143,9 +137,11 @@ class Pipeline:
 
     def _stage(self, index: int, key: _Key) -> _Stage:
         """torch's description of a stage, with all shapes."""
-        last = index == self.num_stages - 1
-        between = torch.empty(key.between, dtype=self.dtype, device="meta", requires_grad=key.training)
-        first = torch.empty(key.ids, dtype=torch.int64, device="meta")
+        last, shapes = index == self.num_stages - 1, dict(key.shapes)
+        between = torch.empty(
+            tuple(self.activation(shapes)), dtype=self.dtype, device="meta", requires_grad=key.training
+        )
+        first = torch.empty(shapes["input_ids"], dtype=torch.int64, device="meta")
         loss = torch.empty(self.terms, dtype=self.wide, device="meta", requires_grad=key.training)
         return _Stage(
             self.modules[index],
@@ -158,12 +154,16 @@ class Pipeline:
         )
 
 
-def _shape(batches: Sequence[Batch]) -> torch.Size:
-    """[B, T] of every micro-batch; ValueError where they differ, since another shape would hang the other ranks."""
-    shapes = {batch["input_ids"].shape for batch in batches}
-    if len(shapes) != 1:
-        raise ValueError(f"a pipeline needs micro-batches of one shape, not {sorted(map(tuple, shapes))}")
-    return shapes.pop()
+def _shapes(batches: Sequence[Batch]) -> tuple[tuple[str, torch.Size], ...]:
+    """Those of every micro-batch; ValueError where they differ, since other shapes would hang the other ranks."""
+    shapes = {tuple((name, x.shape) for name, x in sorted(batch.items())) for batch in batches}
+    if len(shapes) == 1:
+        return shapes.pop()
+    for name in sorted(batches[0]):
+        found = {tuple(batch[name].shape) if name in batch else None for batch in batches}
+        if len(found) > 1:
+            raise ValueError(f"a pipeline needs micro-batches of one shape, not {sorted(found, key=str)} ({name})")
+    raise ValueError("a pipeline needs micro-batches of the same arrays")
 
 
 def _joined(batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -276,38 +276,41 @@ def build_tied_group(mesh: DeviceMesh, schedule: str, axis: str = "pipeline") ->
 
 
 def sum_tied(gradients: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
-    """Give both copies of a tied weight the sum of their gradients, in place; bit-equal on both.
+    """Give all copies of a tied weight the sum of their gradients, in place; bit-equal on all.
 
-    `gradients`: this rank's parts, plain tensors: both where it holds both copies, one where `group` has the other,
-    none on ranks of inner stages. Call it once a step, before the gradient norm, which must count one copy only.
+    `gradients`: this rank's parts, plain tensors: of each copy that it holds, none on ranks without one; `group`: of
+    the ranks that hold copies, None where it is one. Call it once a step, before the gradient norm, which must count
+    one copy only.
     """
-    if len(gradients) == 2:
-        gradients[0].add_(gradients[1])
-        gradients[1].copy_(gradients[0])
-    elif gradients and gradients[0].numel():
-        dist.all_reduce(gradients[0], group=group)
+    if not gradients or not gradients[0].numel():
+        return
+    total, *others = gradients
+    for other in others:
+        total.add_(other)
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    for other in others:
+        other.copy_(total)
 
 
 def copy_tied(weights: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
-    """Bring the last stage's copy of a tied weight up to date with the first stage's; arguments as of `sum_tied`."""
-    if len(weights) == 2:
-        weights[1].copy_(weights[0])
-    elif weights and weights[0].numel():
-        assert group is not None
+    """Bring all copies of a tied weight up to date with the first rank's first; arguments as of `sum_tied`."""
+    if not weights or not weights[0].numel():
+        return
+    if group is not None:
         dist.broadcast(weights[0], group_src=0, group=group)
+    for other in weights[1:]:
+        other.copy_(weights[0])
 
 
 def check_tied(weights: Sequence[Tensor], group: dist.ProcessGroup | None) -> Tensor:
-    """The largest difference between this rank's parts of both copies, 0-dim float32; 0 where they are bit-equal.
+    """The largest difference between this rank's parts of all copies, 0-dim float32; 0 where they are bit-equal.
 
-    Arguments as of `sum_tied`. Ranks of inner stages give 0, so that the largest over the world is that of the model.
+    Arguments as of `sum_tied`. Ranks without a copy give 0, so that the largest over the world is that of the model.
     """
     if not weights or not weights[0].numel():
         return weights[0].new_zeros((), dtype=torch.float32) if weights else torch.zeros(())
-    if len(weights) == 2:
-        difference = weights[0] - weights[1]
-    else:
-        difference = weights[0] if dist.get_rank(group) == 0 else -weights[0]
-        difference = difference.clone()
-        dist.all_reduce(difference, group=group)
-    return difference.abs().amax().float()
+    ends = torch.stack([torch.stack([weight, -weight]) for weight in weights]).amax(0)
+    if group is not None:
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
+    return (ends[0] + ends[1]).amax().float()

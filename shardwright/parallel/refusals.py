@@ -43,8 +43,10 @@ class Facts:
     generator_mlp_width: int = 0
     query_stream: int = 0  # tokens of XLNet's query stream
     causal: bool = True
+    shared_blocks: bool = False  # all blocks are one, which counts once among `layers`
     # The batches. `batches` holds the sequences of a step at every level of a ramp.
     length: int
+    target: int | None = None  # tokens of a decoder's row beside an encoder's of `length`; None or the same without one
     batches: tuple[int, ...]
     micro: int
     masked: bool = True  # attention does not cross documents
@@ -143,11 +145,21 @@ def _stages(f: Facts) -> str | None:
 
 def _layers(f: Facts) -> str | None:
     stages = f.pipeline * f.stages
-    if f.pipeline == 1 or stages <= f.layers:
+    if f.pipeline == 1 or stages <= f.layers or f.shared_blocks:
         return None
     return (
         f"parallel.pipeline={f.pipeline}: {stages} stages cannot be cut from {f.layers} parts (embedding, blocks, "
         "final norm, head)"
+    )
+
+
+def _shared_blocks(f: Facts) -> str | None:
+    stages = f.pipeline * f.stages
+    if f.pipeline == 1 or stages <= f.layers or not f.shared_blocks:
+        return None
+    return (
+        f"parallel.pipeline={f.pipeline}: all blocks are one, which {stages} stages would part: each would need all of "
+        "its parameters for some of the layers; use parallel.tensor, parallel.context or more data ranks"
     )
 
 
@@ -200,12 +212,17 @@ def _vocabulary(f: Facts) -> str | None:
 
 
 def _sequence(f: Facts) -> str | None:
-    if f.tensor == 1 or not f.sequence or f.length % (f.context * f.tensor) == 0:
+    if f.tensor == 1 or not f.sequence:
         return None
-    return (
-        f"data.sequence_length={f.length}: does not divide into parallel.context={f.context} x parallel.tensor="
-        f"{f.tensor} slices; change it or use parallel.sequence=false"
-    )
+    slices = f"into parallel.context={f.context} x parallel.tensor={f.tensor} slices"
+    if f.length % (f.context * f.tensor):
+        return f"data.sequence_length={f.length}: does not divide {slices}; change it or use parallel.sequence=false"
+    if (f.target or f.length) % (f.context * f.tensor):
+        return (
+            f"data.sequence_length={f.length}: gives targets of {f.target} tokens, which do not divide {slices}; "
+            "change it or use parallel.sequence=false"
+        )
+    return None
 
 
 def _query_stream(f: Facts) -> str | None:
@@ -219,7 +236,12 @@ def _query_stream(f: Facts) -> str | None:
 
 def _context(f: Facts) -> str | None:
     if fits_context(f.length, f.context):
-        return None
+        if fits_context(f.target or f.length, f.context):
+            return None
+        return (
+            f"data.sequence_length={f.length}: gives targets of {f.target} tokens, which parallel.context={f.context} "
+            f"cannot cut into {2 * f.context} equal chunks; change the length or the objective"
+        )
     return (
         f"data.sequence_length={f.length}: parallel.context={f.context} cuts a sequence into {2 * f.context} equal "
         f"chunks; {nearest_length(f.length, f.context)} is the nearest that can be cut"
@@ -350,6 +372,7 @@ ROWS: tuple[Row, ...] = (
     Row("selective recomputation in zero-bubble", "it allows one pass back through a block, not two", _recompute),
     Row("stages of a rank", "gpipe and 1f1b: 1; zbv and dualpipev: 2; interleaved: any", _stages),
     Row("layers", "no more stages than embedding, blocks, final norm and head", _layers),
+    Row("one block for all", "a pipeline does not part a block that all layers share", _shared_blocks),
     Row(
         "micro-batches",
         "of each step, also under a ramp: 1f1b as many as ranks or more; dualpipev as many as stages or more; "
@@ -361,9 +384,13 @@ ROWS: tuple[Row, ...] = (
     Row("feed-forward width", "tensor ranks divide it", _mlp),
     Row("generator", "tensor ranks divide the heads and the feed-forward width of ELECTRA's generator too", _generator),
     Row("vocabulary", "each tensor rank has a row of it; it need not divide", _vocabulary),
-    Row("sequence slices", "context x tensor ranks divide the sequence, unless parallel.sequence=false", _sequence),
+    Row(
+        "sequence slices",
+        "context x tensor ranks divide sources and targets, or parallel.sequence=false",
+        _sequence,
+    ),
     Row("query stream", "tensor ranks divide XLNet's predicted tokens, unless parallel.sequence=false", _query_stream),
-    Row("context chunks", "a sequence is a multiple of two chunks a context rank", _context),
+    Row("context chunks", "a sequence, source and target, is a multiple of two chunks a context rank", _context),
     Row(
         "ring",
         "on GPUs, in bf16 or fp16, without document masks, dropout of attention, compiled blocks, activations in host "

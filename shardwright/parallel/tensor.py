@@ -112,7 +112,7 @@ class Stream(Style):
 
 
 class PerHead(Style):
-    """Norms of single heads: replicated, but each rank sees its own heads only."""
+    """Norms of single heads, or what projections of single heads read: replicated, but each rank sees its own heads."""
 
     partial = True
 
@@ -144,12 +144,21 @@ class Row(Style):
     needs = ("weight",)
     even = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
         """[B, T, local inputs] -> [B, T/t or T, D]."""
         held = self.held()
-        y = leave(self.base.forward(Part(self, {**held, "bias": None}), x), *self.axis)
+        y = leave(self.base.forward(Part(self, {**held, "bias": None}), x, *rest), *self.axis)
         bias = held.get("bias")
         return y if bias is None else y + bias
+
+
+class Channels(Row):
+    """A convolution over tokens, of which each rank takes its own channels of all of them."""
+
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+        """[B, T/t or T, D] -> [B, T/t or T, D]."""
+        mesh = self.axis.mesh
+        return super().forward(enter(x, *self.axis).chunk(mesh.size(), dim=-1)[mesh.get_local_rank()], *rest)
 
 
 class Tokens(Style):
@@ -177,8 +186,8 @@ class HeadRows(Style):
     dims = {"weight": 0, "bias": 0}
 
 
-class RelativeHeads(Style):
-    """Vectors of each head's own that scores are made with: each rank has those of its heads."""
+class HeadVectors(Style):
+    """Vectors of each head's own that scores are made with (Transformer-XL's): each rank has those of its heads."""
 
     dims = {"content": 0, "position": 0, "segment": 0, "segments": 1}
     needs = tuple(dims)
@@ -197,6 +206,22 @@ class Region(Style):
         return self.base.forward(self, *whole, **rest)
 
 
+class Whole(Style):
+    """Where several regions begin that all take the same input: it is made whole once for all of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T/t or T, D] -> [B, T, D]."""
+        return self.base.forward(self, enter(x, *self.axis))
+
+
+class HeadColumns(Style):
+    """A table with a column for each head; a rank looks up those of its own heads."""
+
+    dims = {"weight": 1}
+    needs = ("weight",)
+    even = True
+
+
 class Rule(NamedTuple):
     """Modules by logical name (`*` is any layer) and their style; families that have no such module pass it over."""
 
@@ -205,7 +230,7 @@ class Rule(NamedTuple):
 
 
 def _block_rules(block: str) -> tuple[Rule, ...]:
-    """Those of a block of attention and feed-forward layer, named by a pattern."""
+    """Those of the blocks that a pattern names."""
     return (
         Rule(f"{block}.attention_norm", Stream),
         Rule(f"{block}.attention", Region),
@@ -213,15 +238,29 @@ def _block_rules(block: str) -> tuple[Rule, ...]:
         Rule(f"{block}.attention.k", Column),
         Rule(f"{block}.attention.v", Column),
         Rule(f"{block}.attention.r", Column),
-        Rule(f"{block}.attention.relative", RelativeHeads),
+        Rule(f"{block}.attention.terms", HeadVectors),
+        Rule(f"{block}.attention.position_q", Column),
+        Rule(f"{block}.attention.position_k", Column),
         Rule(f"{block}.attention.q_norm", PerHead),
         Rule(f"{block}.attention.k_norm", PerHead),
         Rule(f"{block}.attention.out", Row),
+        Rule(f"{block}.cross_norm", Stream),
+        Rule(f"{block}.cross", Region),
+        Rule(f"{block}.cross.q", Column),
+        Rule(f"{block}.cross.k", Column),
+        Rule(f"{block}.cross.v", Column),
+        Rule(f"{block}.cross.q_norm", PerHead),
+        Rule(f"{block}.cross.k_norm", PerHead),
+        Rule(f"{block}.cross.out", Row),
         Rule(f"{block}.mlp_norm", Stream),
         Rule(f"{block}.mlp", Region),
         Rule(f"{block}.mlp.up", Column),
         Rule(f"{block}.mlp.gate", Column),
         Rule(f"{block}.mlp.down", Row),
+        Rule(f"{block}.memory", Whole),
+        Rule(f"{block}.positions", Stream),
+        Rule(f"{block}.convolution", Channels),
+        Rule(f"{block}.convolution_norm", Stream),
     )
 
 
@@ -230,15 +269,25 @@ PLAN: tuple[Rule, ...] = (
     Rule("embed.positions", Stream),
     Rule("embed.token_types", Stream),
     Rule("embed.norm", Stream),
+    Rule("embed.projection", Stream),
     Rule("embed.query", Stream),
-    Rule("embed.project", Stream),
-    Rule("embed.generator.project", Stream),
+    Rule("embed.generator.projection", Stream),
     *_block_rules("embed.generator.blocks.*"),
     Rule("embed.generator.final_norm", Stream),
     Rule("embed.generator.head", HeadRows),
     Rule("embed.generator.head.transform.dense", BeforeHead),
     Rule("embed.generator.head.transform.norm", BeforeHead),
+    Rule("embed.encoder.positions", Stream),
+    Rule("embed.encoder.norm", Stream),
+    Rule("embed.decoder.positions", Stream),
+    Rule("embed.decoder.norm", Stream),
+    Rule("encoder_relative", HeadColumns),
+    Rule("decoder_relative", HeadColumns),
+    Rule("relative.table", PerHead),
+    Rule("relative.norm", PerHead),
     *_block_rules("blocks.*"),
+    Rule("encoder_norm", Stream),
+    Rule("memory", Whole),
     Rule("final_norm", Stream),
     Rule("head", HeadRows),
     Rule("head.transform.dense", BeforeHead),
@@ -318,18 +367,20 @@ def _check_plan(model: nn.Module, styles: Mapping[str, type[Style]], degree: int
         raise ValueError(f"tensor plan: no rule covers {', '.join(list(left)[:3])}{more}; add one to PLAN")
 
 
-#: What of a model's context belongs to tokens of the residual stream, each [B, T]; of a second stream, [B, P].
-OF_TOKENS = ("position_ids", "token_keys", "token_types", "places", "query_keys")
-
-
 def _own_context(build: Callable[..., Any], mesh: DeviceMesh, *args: Any, **kwargs: Any) -> Any:
     """The model's context, with what belongs to tokens of the residual stream cut to this rank's.
 
     Attention sees all tokens: its mask and rotary angles stay whole.
     """
-    context = build(*args, **kwargs)
-    of_tokens = {name: getattr(context, name) for name in OF_TOKENS if name in context._fields}
-    return context._replace(**{name: x if x is None else own_tokens(x, mesh) for name, x in of_tokens.items()})
+    return _own_stream(build(*args, **kwargs), mesh)
+
+
+def _own_stream(context: Any, mesh: DeviceMesh) -> Any:
+    """The context of a stream, and of the encoder's beside it; each is cut by itself."""
+    of_tokens = {name: getattr(context, name) for name in context.OF_TOKENS}
+    own = {name: x if x is None else own_tokens(x, mesh) for name, x in of_tokens.items()}
+    encoder = None if context.encoder is None else _own_stream(context.encoder, mesh)
+    return context._replace(**own, encoder=encoder)
 
 
 def own_tokens(x: Tensor, mesh: DeviceMesh) -> Tensor:

@@ -98,9 +98,10 @@ def reshard(wrapped: Iterable[FSDPModule]) -> None:
 
 
 class TiedWeight:
-    """A weight that the first stage and the last one both use, each by a copy: `copies` are those on this rank.
+    """A weight that several stages use, each by a copy: `copies` are those on this rank.
 
-    group: of the two ranks where each has one; None where one rank has both, and on ranks that have none. counts:
+    Embedding and head are one, of the first stage and the last; so is a table that all blocks share, of every stage.
+    group: of the ranks that have copies; None where one rank has all of them, and on ranks that have none. counts:
     whether this rank has the first stage's, the only one that a norm counts.
     """
 
@@ -110,13 +111,12 @@ class TiedWeight:
         self.name, self.copies, self.group, self.counts = name, copies, group, counts
 
     def sum_gradients(self) -> None:
-        """Both copies get the sum of their gradients; once a step, after the last backward pass."""
+        """All copies get the sum of their gradients; once a step, after the last backward pass."""
         sum_tied([_local_gradient(copy) for copy in self.copies], self.group)
 
     def follow(self) -> None:
-        """Where one rank has both copies, the first has the optimizer and the second does as it does."""
-        if len(self.copies) == 2:
-            copy_tied(self._parts(), None)
+        """Where one rank has several copies, the first has the optimizer and the others do as it does."""
+        copy_tied(self._parts(), None)
 
     def difference(self) -> Tensor:
         """The largest difference of the copies' parts here (0-dim); 0 where they are as they must be."""
@@ -134,9 +134,11 @@ class ShardedMasters:
     """
 
     def __init__(
-        self, roots: Sequence[nn.Module], parameters: Mapping[str, nn.Parameter], tied: TiedWeight | None = None
+        self, roots: Sequence[nn.Module], parameters: Mapping[str, nn.Parameter], tied: Sequence[TiedWeight] = ()
     ) -> None:
         self.roots, self.parameters, self.tied = roots, parameters, tied
+        #: Copies of what another rank has as well, and counts.
+        self.uncounted = {weight.name for weight in tied if not weight.counts}
         self._wrapped = [module for root in roots for module in sharded_modules(root)]
         self.logical = {name: Logical.of(parameter.detach()) for name, parameter in parameters.items()}
         self.parts: dict[str, Tensor] = {name: logical.local for name, logical in self.logical.items()}
@@ -145,8 +147,8 @@ class ShardedMasters:
     @torch.no_grad()
     def publish(self) -> None:
         """Forget gathered copies of the weights, after a step or a load."""
-        if self.tied is not None:
-            self.tied.follow()
+        for weight in self.tied:
+            weight.follow()
         reshard(self._wrapped)
 
     def restore(self, weights: Mapping[str, Tensor]) -> None:
@@ -178,16 +180,18 @@ class ShardedMasters:
         """Hand the parts their gradients, once all backward passes are done; zero where none came."""
         for name, parameter in self.parameters.items():
             self.parts[name].grad = _local_gradient(parameter)
-        if self.tied is not None:
-            self.tied.sum_gradients()
+        for weight in self.tied:
+            weight.sum_gradients()
 
     def grad_square(self, scale: Tensor) -> Tensor:
         """This rank's share of the squared 2-norm of all gradients over `scale`; all ranks' shares add up to it."""
         shares: dict[int, list[Tensor]] = {}
         for name, part in self.parts.items():
             assert part.grad is not None
-            if self.tied is None or name != self.tied.name or self.tied.counts:
+            if name not in self.uncounted:
                 shares.setdefault(self.logical[name].copies, []).append(part.grad)
+        if not shares:  # a stage may have copies alone
+            return torch.zeros_like(scale)
         squares = [(torch.stack(_norms(grads)) / scale).square().sum() / copies for copies, grads in shares.items()]
         return torch.stack(squares).sum()
 

@@ -2,7 +2,8 @@
 
 Stands on the model and tokenizer rooms; the command line's `generate` prints what `stream_text` yields. Random
 numbers come from a CPU generator of the sampling's own seed, so the same seed gives the same text on any device
-on which the logits agree. Shapes: T tokens, V vocabulary.
+on which the logits agree. An encoder-decoder reads the prompt as its source, once, and writes a target of its own.
+Shapes: T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from shardwright.config import ConfigError, RunError
 from shardwright.data.tokenizers import StreamDecoder
 from shardwright.model.attention import Cache
+from shardwright.model.encoder_decoder import EncoderDecoder
 from shardwright.model.transformer import Inputs, LanguageModel
 
 
@@ -66,18 +68,23 @@ def stream_text(
     sampling: Sampling = Sampling(),  # noqa: B008
     *,
     max_new_tokens: int = 200,
+    start: int | None = None,
 ) -> Iterator[str]:
     """Pieces of text that go on from `prompt`, each whole characters, until the document ends or the tokens do.
 
-    A document is read as in training: after an end-of-document token. ValueError for an empty prompt where the
+    A document is read as in training: after an end-of-document token. An encoder-decoder reads it with that token
+    behind, and its text comes after `start`, by default the same token. ValueError for an empty prompt where the
     tokenizer has none, and for what `check_prompt` refuses.
     """
     check_prompt(prompt)
     end = getattr(tokenizer, "end_of_document", None)
-    ids = ([] if end is None else [end]) + [int(i) for i in tokenizer.encode(prompt)]
+    ends, text = [] if end is None else [end], [int(i) for i in tokenizer.encode(prompt)]
+    reads, begin = isinstance(model, EncoderDecoder), ends if start is None else [start]
+    ids, source = (begin, text + ends) if reads else (ends + text, None)
     known = getattr(tokenizer, "vocab_size", None)
     decoder = StreamDecoder(tokenizer.decode)
-    for token in stream_tokens(model, ids, sampling, max_new_tokens=max_new_tokens, stop=end, vocab_size=known):
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": end, "vocab_size": known}
+    for token in stream_tokens(model, ids, sampling, source=source, **limits):
         if piece := decoder.push(token):
             yield piece
     if piece := decoder.finish():
@@ -92,11 +99,13 @@ def stream_tokens(
     max_new_tokens: int,
     stop: int | None = None,
     vocab_size: int | None = None,
+    source: Sequence[int] | None = None,
 ) -> Iterator[int]:
     """Token ids that follow `prompt`; `stop` ends them and is not given out; ids from `vocab_size` on never come.
 
-    Past the model's longest sequence it goes on from the last half of what it can hold. RunError where the model gives
-    numbers that are not finite.
+    `source`: what an encoder-decoder reads; `prompt` is then the beginning of its target. Past the model's longest
+    sequence it goes on from the last half of what it can hold. RunError where the model gives numbers that are not
+    finite.
     """
     if not model.config.causal:
         raise ConfigError(f"model.family={model.config.family}: sees both sides of a token and cannot generate text")
@@ -104,13 +113,15 @@ def stream_tokens(
         raise ValueError("prompt: is empty and the tokenizer has no end-of-document token; give at least one token")
     generator = torch.Generator().manual_seed(sampling.seed)
     longest = model.config.max_length
+    if source is not None and not 0 < len(source) <= longest:
+        raise ValueError(f"source: has {len(source)} tokens; expected 1 to {longest}, the model's longest")
     tokens, unread = list(prompt), list(prompt[-longest:])
     cache = _build_cache(model, len(unread) + max_new_tokens)
     for _ in range(max_new_tokens):
         if cache.length + len(unread) > cache.size:
             unread = tokens[-max(longest // 2, 1) :]
             cache = _build_cache(model, longest)
-        logits = next_logits(model, unread, cache)[:vocab_size]
+        logits = next_logits(model, unread, cache, source)[:vocab_size]
         if not logits.isfinite().all():
             raise RunError("the model gives numbers that are not finite: it diverged; take an earlier checkpoint")
         token = choose(logits, sampling, generator)
@@ -122,13 +133,19 @@ def stream_tokens(
 
 
 @torch.inference_mode()
-def next_logits(model: LanguageModel, unread: Sequence[int], cache: Cache) -> Tensor:
-    """float32 logits [V] on the CPU of the token after `unread`, which joins what the cache holds."""
+def next_logits(
+    model: LanguageModel, unread: Sequence[int], cache: Cache, source: Sequence[int] | None = None
+) -> Tensor:
+    """float32 logits [V] on the CPU of the token after `unread`, which joins what the cache holds.
+
+    `source` is read where the cache is empty.
+    """
     training = model.training
     model.eval()
     try:
-        ids = torch.tensor([unread], device=model.head_weight.device)
-        hidden = model.hidden(Inputs(ids), cache=cache)
+        device = model.head_weight.device
+        read = None if source is None or cache.length else torch.tensor([source], device=device)
+        hidden = model.hidden(Inputs(torch.tensor([unread], device=device), encoder_ids=read), cache=cache)
         return model.logits(hidden[0, -1]).float().cpu()
     finally:
         model.train(training)
@@ -160,4 +177,4 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _build_cache(model: LanguageModel, tokens: int) -> Cache:
-    return Cache(len(model.blocks), min(tokens, model.config.max_length))
+    return model.build_cache(min(tokens, model.config.max_length))

@@ -93,6 +93,8 @@ def _shrink(config: Config) -> None:
     """Fewer layers, shorter sequences, a batch of few; widths stay, for what they hold together."""
     model: Any = config.model
     model.layers = min(model.layers, SMALL["layers"])
+    if getattr(model, "decoder_layers", None) is not None:
+        model.decoder_layers = min(model.decoder_layers, SMALL["layers"])
     config.data.sequence_length = min(config.data.sequence_length, SMALL["length"])
     sequences = min(config.global_batch(), SMALL["sequences"])
     config.batch = config.batch.model_copy(

@@ -18,16 +18,17 @@ from torch.distributed.tensor import DTensor
 
 from shardwright.config import Config
 from shardwright.log import get_logger
-from shardwright.model.count import layer_flops
+from shardwright.model.count import block_flops, head_flops
 from shardwright.model.electra import ElectraConfig
-from shardwright.model.families import build_model
+from shardwright.model.encoder_decoder import EncoderDecoderConfig
+from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.init import apply_init, initial_value
 from shardwright.model.transformer import LanguageModel
 from shardwright.model.xlnet import XLNetConfig
 from shardwright.objective.objective import Objective
 from shardwright.objective.setting import Setting
 from shardwright.objective.table import OBJECTIVES
-from shardwright.parallel.context import ContextRows, apply_context
+from shardwright.parallel.context import ContextRows, PairRows, apply_context
 from shardwright.parallel.logical import Logical
 from shardwright.parallel.mesh import World
 from shardwright.parallel.pipeline import Pipeline, build_tied_group
@@ -86,7 +87,9 @@ def build_facts(config: Config, size: int) -> Facts:
         attention_dropout=model.attention_dropout,  # type: ignore[attr-defined]
         **_second_stack(config),
         causal=model.causal,  # type: ignore[attr-defined]
+        shared_blocks=model.repeats > 1,  # type: ignore[attr-defined]
         length=config.data.sequence_length,
+        target=row_lengths(config)[1],
         batches=(full,) if ramp is None else (*range(ramp.start, full, ramp.increment), full),
         micro=config.batch.micro,
         precision=config.precision.compute,
@@ -148,11 +151,15 @@ def cut_layers(config: Config, replicas: int) -> tuple[list[str], list[range]]:
 
 def _costs(config: Config, replicas: int, layers: list[tuple[str, nn.Module]]) -> list[float]:
     """What each layer costs a rank in a step."""
-    length = config.data.sequence_length
-    each = layer_flops(config.model, length, predicted=predicted_share(config))  # type: ignore[arg-type]
-    embed, block, head = (3 * flops * config.global_batch() * length / replicas for flops in each)
-    flops = [block if name.startswith("blocks.") else embed if name == "embed" else 0.0 for name, _ in layers]
-    return layer_costs(flops, [sum(p.numel() for p in m.parameters()) for _, m in layers], head_flops=head)
+    model: Any = config.model
+    (length, target), rows, share = row_lengths(config), config.batch.micro, predicted_share(config)
+    step = 3 * config.global_batch() / replicas  # passes through a sequence, backward ones counted twice
+    kinds = zip(model.runs, block_flops(model, length, target, True, rows, share), strict=True)
+    flops = {f"blocks.{n}": model.repeats * each * step for run, each in kinds for n in run}
+    flops["embed"] = FAMILIES[model.family].extra(model, length, rows, share).embed * step
+    head = head_flops(model, target, share) * target * step
+    each = [flops.get(name, 0.0) for name, _ in layers]
+    return layer_costs(each, [sum(p.numel() for p in m.parameters()) for _, m in layers], head_flops=head)
 
 
 def num_predictions(config: Config) -> int | None:
@@ -166,6 +173,12 @@ def predicted_share(config: Config) -> float:
     """Share of the tokens that are predicted."""
     count = num_predictions(config)
     return 1.0 if count is None else count / config.data.sequence_length
+
+
+def row_lengths(config: Config) -> tuple[int, int]:
+    """Tokens of a row, and of what is predicted from it: the decoder's row where there is an encoder, else the same."""
+    length = config.data.sequence_length
+    return length, length
 
 
 def _build_part(config: Config, layers: range) -> LanguageModel:
@@ -212,8 +225,7 @@ def _build_passes(config: Config, world: World, models: dict[int, LossModel], ri
     if parallel.pipeline == 1:
         return Loop(models[0], parallel.zero) if ring is None else Loop(models[0], parallel.zero, ring.open)
     assert ring is None, "refused in a pipeline"
-    slices = parallel.tensor if parallel.sequence else 1
-    any_stage = next(iter(models.values()))
+    slices, any_stage = parallel.tensor if parallel.sequence else 1, next(iter(models.values()))
 
     def between(shapes: Mapping[str, torch.Size]) -> tuple[int, int, int]:
         rows, tokens, width = any_stage.border(shapes)
@@ -231,7 +243,11 @@ def _build_passes(config: Config, world: World, models: dict[int, LossModel], ri
 
 
 def _build_cut(config: Config, world: World) -> Cut:
-    return whole if world.degree("context") == 1 else _build_rows(config, world).slice
+    if world.degree("context") == 1:
+        return whole
+    if isinstance(config.model, EncoderDecoderConfig):
+        return PairRows(world.degree("context"), world.index("context")).slice
+    return _build_rows(config, world).slice
 
 
 def _build_rows(config: Config, world: World) -> ContextRows:
@@ -248,21 +264,26 @@ def _build_ring(config: Config, world: World) -> Ring | None:
 
 
 def build_masters(config: Config, stages: Stages) -> ShardedMasters:
-    """The masters of stages that FSDP wraps, with the copies of a weight that embedding and head share."""
-    parameters: dict[str, nn.Parameter] = {}
-    copies: list[nn.Parameter] = []
+    """The masters of stages that FSDP wraps, with the copies of weights that several stages use."""
+    copies: dict[str, list[nn.Parameter]] = {}
     for model in stages.models.values():
         for name, parameter in model.model.named_parameters():
-            if name == f"{SHARED}.weight":
-                copies.append(parameter)
-            parameters.setdefault(name, parameter)
-    tied = None
-    parted = config.parallel.pipeline > 1 and config.model.ties_stages  # type: ignore[attr-defined]
-    if parted:
-        assert stages.world.mesh is not None
-        group = build_tied_group(stages.world.mesh, config.parallel.schedule)
-        tied = TiedWeight(f"{SHARED}.weight", copies, group, counts=0 in stages.models)
+            copies.setdefault(name, []).append(parameter)
+    parameters = {name: first for name, (first, *_) in copies.items()}
+    tied = _build_tied(config, stages, copies) if config.parallel.pipeline > 1 else []
     return ShardedMasters(list(stages.models.values()), parameters, tied)
+
+
+def _build_tied(config: Config, stages: Stages, copies: Mapping[str, list[nn.Parameter]]) -> list[TiedWeight]:
+    """The token embedding where it is the head as well, and tables that all blocks share; the same on all ranks."""
+    mesh, found, counts = stages.world.mesh, [], 0 in stages.models
+    assert mesh is not None
+    if config.model.ties_stages:  # type: ignore[attr-defined]
+        group, name = build_tied_group(mesh, config.parallel.schedule), f"{SHARED}.weight"
+        found.append(TiedWeight(name, copies.get(name, []), group, counts=counts))
+    tables = next(iter(stages.models.values())).model.shared_tables
+    names = [name for name in copies if name.split(".")[0] in tables]
+    return found + [TiedWeight(name, copies[name], mesh["pipeline"].get_group(), counts=counts) for name in names]
 
 
 def blocks_of(model: LanguageModel) -> list[nn.Module]:

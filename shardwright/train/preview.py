@@ -16,7 +16,7 @@ from shardwright.parallel.refusals import Facts, layout_warnings
 from shardwright.parallel.stages import stage_indices
 from shardwright.train.build import build_corpus, check_length, fit_to_corpus
 from shardwright.train.course import Course
-from shardwright.train.layout import build_facts, cut_layers, num_virtual, predicted_share, wants_compile
+from shardwright.train.layout import build_facts, cut_layers, num_virtual, predicted_share, row_lengths, wants_compile
 
 
 def batch_equation(config: Config, data_size: int = 1) -> str:
@@ -41,9 +41,9 @@ def preview(config: Config, *, as_json: bool = False) -> str:
         fit_to_corpus(config, build_corpus(config))
     facts = build_facts(config, planned_world(config))
     check_layout(facts)
-    model, length = config.model, config.data.sequence_length
+    model, (length, target) = config.model, row_lengths(config)
     parameters = num_parameters(model)  # type: ignore[arg-type]
-    flops = num_flops(model, length, predicted=predicted_share(config))  # type: ignore[arg-type]
+    flops = num_flops(model, length, target=target, rows=config.batch.micro, predicted=predicted_share(config))  # type: ignore[arg-type]
     memory = rank_memory(config, facts)
     if as_json:
         sizes = {"parameters": parameters, "flops_per_token": flops.model, "memory_bytes": memory}
@@ -58,7 +58,7 @@ def rank_memory(config: Config, facts: Facts) -> dict[str, int]:
     """Estimated bytes by category of the rank that needs most."""
     model, parallel = config.model, config.parallel
     micro_batches = math.ceil(config.global_batch() / (facts.data * config.batch.micro))
-    work = Work.of(config, micro_batches, compiled=wants_compile(config))
+    work = Work.of(config, micro_batches, compiled=wants_compile(config), target=row_lengths(config)[1])
     layout = Layout.of(parallel, facts.world, facts.stages) if facts.world > 1 else None
     stages = stage_layers(config, facts)
     ranks = [

@@ -303,13 +303,13 @@ class Run:
         return self.world.any(self.world.leads and self.ending.evaluated(step) is None)
 
     def _check_tied(self) -> None:
-        """Embedding and head of a pipeline are two copies of one weight: RunError where they have parted."""
-        tied = getattr(self.step.masters, "tied", None)
-        if tied is not None and self.world.any(bool(tied.difference() > 0)):
-            raise RunError(
-                f"step {self.position.step}: the copies of {tied.name} on the first and the last stage differ; go back "
-                "to a checkpoint from before, and report this with the config"
-            )
+        """What several stages of a pipeline use is copies of one weight: RunError where they have parted."""
+        for weight in getattr(self.step.masters, "tied", ()):
+            if self.world.any(bool(weight.difference() > 0)):
+                raise RunError(
+                    f"step {self.position.step}: the copies of {weight.name} on stages of the pipeline differ; go back "
+                    "to a checkpoint from before, and report this with the config"
+                )
 
     def _is_done(self) -> bool:
         position = self.position

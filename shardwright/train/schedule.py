@@ -23,8 +23,8 @@ _FIRST = 1 / 2000  # least position under a budget: the middle of the first step
 def build_schedule(config: ScheduleConfig, warmup: float | None = None) -> Schedule:
     """The learning-rate factor (0..1 of the peak) as a function of progress 0..1.
 
-    warmup: fraction of the run that rises linearly from 0; None takes `config.warmup`. After it, with t the
-    share done of what is left and f the floor: cosine f + (1-f)(1+cos(pi t))/2; linear f + (1-f)(1-t);
+    warmup: fraction of the run that rises linearly from `config.start`; None takes `config.warmup`. After it, t the
+    share done of what is left, f the floor: cosine f + (1-f)(1+cos(pi t))/2; linear f + (1-f)(1-t);
     inverse_sqrt max(f, sqrt(warmup / progress)) (Vaswani et al. 2017); wsd 1, then down to f over the last
     `decay` of the run (Hu et al. 2024; shape sqrt is Hagele et al. 2024's 1 - sqrt); constant 1.
     """
@@ -41,7 +41,7 @@ def build_schedule(config: ScheduleConfig, warmup: float | None = None) -> Sched
 
     def schedule(progress: float) -> float:
         p = min(max(progress, 0.0), 1.0)
-        return p / rise if p < rise else after(p)
+        return config.start + (1 - config.start) * p / rise if p < rise else after(p)
 
     return schedule
 

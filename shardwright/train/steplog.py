@@ -17,7 +17,7 @@ from shardwright.model.count import num_flops
 from shardwright.parallel.mesh import World
 from shardwright.parallel.precision import FORMATS
 from shardwright.train.course import Course
-from shardwright.train.layout import predicted_share
+from shardwright.train.layout import predicted_share, row_lengths
 from shardwright.train.metrics import MetricsLog, Utilisation
 from shardwright.train.position import Position
 from shardwright.train.step import Outcome
@@ -100,5 +100,6 @@ def _utilisation(config: Config, world: World, course: Course) -> Utilisation:
     peak = known_peak(device, compute)
     if peak is None and config.log.measure_peak:
         peak = measured_peak(device, compute)
-    flops = num_flops(config.model, course.length, predicted=predicted_share(config)).model  # type: ignore[arg-type]
-    return Utilisation(flops, peak, world.size)
+    target, rows, share = row_lengths(config)[1], config.batch.micro, predicted_share(config)
+    flops = num_flops(config.model, course.length, target=target, rows=rows, predicted=share)  # type: ignore[arg-type]
+    return Utilisation(flops.model, peak, world.size)

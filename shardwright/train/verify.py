@@ -174,10 +174,8 @@ def held_parts(step: Step, kind: Kind) -> dict[str, Held]:
         return {name: Copied(*part, counts=True) for name, part in masters.copies(kind).items()}
     if not isinstance(masters, ShardedMasters):
         return {name: Held(Logical.whole(weight), weight, True) for name, weight in masters.weights.items()}
-    tied = masters.tied
     return {
-        name: Held(masters.logical[name], part, tied is None or name != tied.name or tied.counts)
-        for name, part in masters.parts.items()
+        name: Held(masters.logical[name], part, name not in masters.uncounted) for name, part in masters.parts.items()
     }
 
 

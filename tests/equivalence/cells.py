@@ -36,6 +36,24 @@ BOUNDS: dict[str, dict[str, float]] = {
 
 _LLAMA = {"family": "llama", "layers": 5, "width": 32, "heads": 4, "kv_heads": 2, "max_length": 64, "mlp_width": 96}
 _GPT2 = {"family": "gpt2", "layers": 5, "width": 32, "heads": 4, "max_length": 64}
+_SMALL = {"layers": 5, "width": 32, "heads": 4, "max_length": 64}
+#: Families whose blocks are of a kind of their own, with all that they may have.
+OWN_KINDS: dict[str, dict[str, Any]] = {
+    "albert": {"family": "albert", **_SMALL, "embed_width": 16, "sentence_head": False},
+    "crammed": {"family": "crammed", **_SMALL},
+    "deberta": {"family": "deberta", **_SMALL, "relative_span": 20},
+    "deberta_v2": {"family": "deberta_v2", **_SMALL, "buckets": 16, "convolution": 3},
+    "modernbert": {"family": "modernbert", **_SMALL, "mlp_width": 48, "window": 16},
+}
+#: Families whose stages hold more than one stack or stream, each with its objective.
+TWOFOLD: dict[str, dict[str, Any]] = {
+    "electra": {
+        "family": "electra", **_SMALL, "embed_width": 24, "generator_width": 16, "generator_heads": 4,
+        "generator_layers": 2,
+    },
+    "xlnet": {"family": "xlnet", **_SMALL},
+}  # fmt: skip
+OBJECTIVES: dict[str, dict[str, Any]] = {"electra": {"name": "replaced"}, "xlnet": {"name": "permuted"}}
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": _GPT2,
     "llama": _LLAMA,
@@ -47,13 +65,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_GPT2, "tied": False, "norm_placement": "post", "embed_norm": True, "head_bias": True,
         "positions": "sinusoidal", "scale_embedding": True,
     },
-    "electra": {
-        "family": "electra", "layers": 5, "width": 32, "heads": 4, "max_length": 64, "embed_width": 24,
-        "generator_width": 16, "generator_heads": 4, "generator_layers": 2,
-    },
-    "xlnet": {"family": "xlnet", "layers": 5, "width": 32, "heads": 4, "max_length": 64},
+    **OWN_KINDS,
+    **TWOFOLD,
 }  # fmt: skip
-OBJECTIVES: dict[str, dict[str, Any]] = {"electra": {"name": "replaced"}, "xlnet": {"name": "permuted"}}
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
 
@@ -314,6 +328,18 @@ CHOSEN_LLAMA: dict[str, tuple[str, ...]] = {
     "compile": ("tensor2",),
 }
 
+#: On families of their own kinds: what a kind of block could get wrong.
+CHOSEN_KINDS: dict[str, tuple[str, ...]] = {
+    "muon": ("zero3", "tensor2"),
+    "bf16": ("zero3", "tensor2", "context2"),
+    "bf16+micro8": ("one",),
+    "dropout": ("tensor2", "context2", "pipeline2_1f1b"),
+    "recompute_full": ("zero3", "tensor2"),
+    "recompute_selective": ("zero3",),
+    "compile": ("zero3",),
+    "one_document": ("context2",),
+}
+
 
 #: On families whose stages hold more than one stack or stream.
 CHOSEN_TWOFOLD: dict[str, tuple[str, ...]] = {
@@ -335,17 +361,29 @@ def matrix() -> tuple[Cell, ...]:
     cells = [Cell(shape, layout) for shape in ("gpt2", "llama") for layout in LAYOUTS if layout != "one"]
     cells += [Cell(shape, layout) for shape in ("gpt2_free", "llama_tied") for layout in CORE]
     cells += [Cell(shape, layout) for shape in ("modern", "post") for layout in (*CORE[1:6], *CORE[9:10], EIGHT)]
+    cells += [Cell(shape, layout) for shape in OWN_KINDS for layout in (*CORE, "tensor2_context2")]
+    cells += [
+        Cell(shape, layout, setting)
+        for shape in OWN_KINDS
+        for setting, layouts in CHOSEN_KINDS.items()
+        for layout in layouts
+    ]
+    cells += [
+        Cell(shape, layout, setting)
+        for shape in TWOFOLD
+        for setting, layouts in CHOSEN_TWOFOLD.items()
+        for layout in layouts
+    ]
     cells += [Cell("gpt2", layout, setting) for setting, layouts in CHOSEN.items() for layout in layouts]
     cells += [Cell("gpt2", "tensor4", "vocabulary"), Cell("llama_tied", "tensor2", "vocabulary")]
     cells += [Cell("llama", layout, setting) for setting, layouts in CHOSEN_LLAMA.items() for layout in layouts]
-    twofold = (Cell(shape, layout, setting) for shape in OBJECTIVES for setting, layouts in CHOSEN_TWOFOLD.items()
-               for layout in layouts)  # fmt: skip
-    cells += twofold
     return tuple(dict.fromkeys(cell for cell in cells if _fits(cell)))
 
 
 def _fits(cell: Cell) -> bool:
-    """Ranks of a tensor axis share key heads, of which the Llama shapes have 2."""
+    """Ranks of a tensor axis share key heads, of which the Llama shapes have 2; ALBERT makes 3 parts of a pipeline."""
+    if cell.shape == "albert" and "pipeline" in cell.layout and not cell.layout.endswith("pipeline2_1f1b"):
+        return False
     return not cell.layout.startswith("tensor4") or SHAPES[cell.shape].get("kv_heads", 4) % 4 == 0
 
 

@@ -191,7 +191,7 @@ def test_config_round_trip(case: str) -> None:
     raws = [transformers.AutoConfig.for_model(**write_config(config, folder)).to_dict() for folder in FOLDERS]
     again = read_config(raws[0], {"generator": raws[1]})
     assert [write_config(again, folder) for folder in FOLDERS] == [write_config(config, folder) for folder in FOLDERS]
-    assert again.derived == config.derived
+    assert again.derived() == config.derived()
 
 
 def test_a_discriminator_alone_imports_and_judges() -> None:

@@ -69,8 +69,8 @@ def test_own_rows_of_a_rank_are_those_of_the_whole() -> None:
             key_documents=inputs.documents, key_order=inputs.order, key_token_types=inputs.token_types,
         )
     )  # fmt: skip
-    terms = model.blocks["0"].attention.relative
-    r = model.blocks["0"].attention.r(whole.distances)
+    terms = model.blocks["0"].attention.terms
+    r = model.blocks["0"].attention.r(whole.relative)
     q = torch.randn(3, LENGTH + PLACES, 16)
     _, bias = terms(q, r, whole)
     _, cut = terms(torch.cat([q[:, own], q[:, LENGTH:]], dim=1), r, part)

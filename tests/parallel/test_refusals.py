@@ -75,6 +75,12 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"pipeline": 16, "batches": (512,)}, "parallel.pipeline=16: 16 stages cannot be cut from 15 parts"),
         ({"pipeline": 8, "schedule": "zbv", "stages": 2}, "parallel.pipeline=8: 16 stages"),
     ],
+    "one block for all": [
+        (
+            {"pipeline": 4, "layers": 3, "shared_blocks": True},
+            "parallel.pipeline=4: all blocks are one, which 4 stages",
+        ),
+    ],
     "micro-batches": [
         ({"pipeline": 4, "batches": (8,)}, "batch.micro=4: 1f1b .*: 4, not 2, .* 8 sequences .*; batch.micro=2 fits"),
         ({"pipeline": 4, "batches": (64, 8, 96)}, "batch.micro=4: .* step of 8 sequences"),
@@ -89,8 +95,15 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     "sequence slices": [
         ({"tensor": 4, "length": 1022}, "data.sequence_length=1022: .* use parallel.sequence=false"),
         ({"tensor": 12, "context": 2, "length": 36}, "data.sequence_length=36: "),
+        ({"tensor": 4, "target": 114}, "gives targets of 114 tokens, which do not divide into .* parallel.tensor=4 sl"),
     ],
-    "context chunks": [({"context": 4, "length": 1020}, "data.sequence_length=1020: .* 8 equal chunks; 1024 is")],
+    "context chunks": [
+        ({"context": 4, "length": 1020}, "data.sequence_length=1020: .* 8 equal chunks; 1024 is"),
+        (
+            {"context": 2, "target": 114},
+            "gives targets of 114 tokens, .* cannot cut into 4 equal",
+        ),
+    ],
     "ring": [
         ({**RING, "device": "cpu"}, "parallel.ring: .* GPU kernels alone; use parallel.ring=false"),
         ({**RING, "masked": True}, "parallel.ring: .* use data.mask_documents=false or"),
@@ -277,6 +290,7 @@ def any_facts(draw: st.DrawFn) -> Facts:
         stages=draw(st.integers(1, 3)),
         sequence=draw(st.booleans()),
         layers=draw(st.integers(3, 16)),
+        shared_blocks=draw(st.booleans()),
         heads=kv_heads * draw(st.sampled_from([1, 2, 3])),
         kv_heads=kv_heads,
         mlp_width=draw(st.sampled_from([30, 32, 48, 96])),

@@ -25,6 +25,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "kv_heads": 2},
     "modern": {"family": "llama", "kv_heads": 1, "qk_norm": True, "logit_softcap": 15.0},
     "sinusoidal": {"family": "gpt2", "positions": "sinusoidal", "norm_placement": "post"},
+    "deberta": {"family": "deberta", "relative_span": 10, "layers": 3},
+    "deberta_v2": {"family": "deberta_v2", "buckets": 8, "convolution": 5, "layers": 3},
+    "albert": {"family": "albert", "embed_width": 16, "sentence_head": False},
+    "crammed": {"family": "crammed"},
 }
 
 

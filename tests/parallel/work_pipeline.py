@@ -181,7 +181,7 @@ def build_pipeline(case: Case, stages: dict[int, Stage], mesh: DeviceMesh) -> Pi
         group=mesh.get_group("pipeline"),
         device=torch.device("cpu"),
         dtype=getattr(torch, case.compute),
-        activation=lambda ids: (*ids, WIDTH),
+        activation=lambda shapes: (*shapes["input_ids"], WIDTH),
     )
 
 

@@ -16,10 +16,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from shardwright.model.families import build_model
-from shardwright.model.gpt2 import GPT2Config
+from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.init import apply_init, initial_value
-from shardwright.model.llama import LlamaConfig
 from shardwright.model.transformer import Inputs, LanguageModel, TransformerConfig
 from shardwright.objective.cross_entropy import KERNEL, Head, linear_cross_entropy
 from shardwright.objective.heads import Heads
@@ -33,7 +31,7 @@ BATCH, LENGTH, SEED = 4, 16, 7
 
 def build_config(**fields: Any) -> TransformerConfig:
     """A family's config by its name."""
-    return {"gpt2": GPT2Config, "llama": LlamaConfig}[fields["family"]](**fields)
+    return FAMILIES[fields["family"]].config(**fields)
 
 
 def build(config: TransformerConfig, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -73,10 +71,11 @@ class Loss(nn.Module):
     def forward(self, rows: dict[str, Tensor]) -> Tensor:
         names = ("input_ids", "position_ids", "documents", "sequence")
         hidden = self.model.hidden(Inputs(**{name: rows.get(name) for name in names}, step=3, seed=11))
-        heads = Heads(Head(self.model.head_weight, self.model.head_bias, self.model.config.logit_softcap))
+        head = Head(self.model.head_weight, self.model.head_bias, self.model.config.logit_softcap)
+        heads = Heads(head, self.model.transform)
         if self.mesh is not None:
             hidden, heads = localize_heads(hidden, heads, self.mesh, self.sequence)
-        head = heads.vocabulary
+        head, hidden = heads.vocabulary, heads.transformed(hidden)
         if self.linear:
             return linear_in_logits(hidden, head) / self.count
         scale = 1 / self.count

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from shardwright.config import RunError
+from shardwright.model.encoder_decoder import EncoderDecoder
 from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.init import apply_init
 from shardwright.model.transformer import LanguageModel
@@ -49,6 +50,30 @@ def test_cache_equals_no_cache(fields: dict[str, str], sampling: Sampling) -> No
     prompt = [7, 250, 31, 8]
     found = list(stream_tokens(model, prompt, sampling, max_new_tokens=40))
     assert found == without_cache(model, prompt, sampling, 40)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder_reads_its_source_once(family: str) -> None:
+    """As the whole model would each time, also where its cache is made anew; the prompt is the source of a text."""
+    model = make(family, max_length=16)
+    assert isinstance(model, EncoderDecoder)
+    source, tokens, runs = [5, 9, 250, 3], [2], []
+    model.embed.encoder.register_forward_hook(lambda *_: runs.append(len(tokens)))  # type: ignore[union-attr]
+    found = list(stream_tokens(model, [2], Sampling(0), max_new_tokens=15, source=source))
+    assert len(runs) == 1
+    for token in found:
+        with torch.no_grad():
+            logits = model(torch.tensor([source]), decoder_input_ids=torch.tensor([tokens]))["logits"][0, -1]
+        assert token == int(logits.argmax())
+        tokens.append(token)
+    assert len(list(stream_tokens(model, [2], Sampling(0), max_new_tokens=40, source=source))) == 40
+    text = "".join(stream_text(model, Bytes(), "ab", Sampling(0), max_new_tokens=9, start=3))
+    tokens = list(
+        stream_tokens(model, [3], Sampling(0), max_new_tokens=9, stop=256, vocab_size=257, source=[97, 98, 256])
+    )
+    assert text == Bytes().decode(tokens)
+    with pytest.raises(ValueError, match="source: has 17 tokens; expected 1 to 16"):
+        next(stream_tokens(model, [2], max_new_tokens=1, source=[1] * 17))
 
 
 def test_same_seed_same_tokens() -> None:

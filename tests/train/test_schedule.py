@@ -22,6 +22,11 @@ TABLE = [
     ),
     ({"name": "linear", "warmup": 0.2, "floor": 0.0}, {0: 0, 0.1: 0.5, 0.2: 1, 0.6: 0.5, 0.9: 0.125, 1: 0}),
     ({"name": "linear", "warmup": 0.0, "floor": 0.5}, {0: 1, 0.5: 0.75, 1: 0.5}),
+    # One cycle: up from a quarter, and down in the last quarter (Geiping & Goldstein 2023).
+    (
+        {"name": "linear", "warmup": 0.75, "start": 0.25, "floor": 0.0},
+        {0: 0.25, 0.25: 0.5, 0.5: 0.75, 0.75: 1, 0.875: 0.5, 1: 0},
+    ),
     ({"name": "inverse_sqrt", "warmup": 0.04, "floor": 0.0}, {0.02: 0.5, 0.04: 1, 0.16: 0.5, 0.64: 0.25, 1: 0.2}),
     ({"name": "inverse_sqrt", "warmup": 0.04, "floor": 0.4}, {0.16: 0.5, 0.25: 0.4, 1: 0.4}),
     ({"name": "constant", "warmup": 0.1, "floor": 0.1}, {0: 0, 0.05: 0.5, 0.1: 1, 1: 1}),

@@ -16,7 +16,9 @@ Kind = Literal["embedding", "head", "matrix", "vector"]
 Named = Sequence[tuple[str, Tensor]]
 
 # Dotted parts of a logical name that mark look-up tables and output layers.
-EMBEDDING_PARTS = frozenset({"embed", "embedding", "embeddings"})
+EMBEDDING_PARTS = frozenset(
+    {"embed", "embedding", "embeddings", "positions", "relative", "encoder_relative", "decoder_relative"}
+)
 HEAD_PARTS = frozenset({"head", "heads"})
 
 

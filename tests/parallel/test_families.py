@@ -1,0 +1,51 @@
+"""Families whose blocks are of a kind of their own, under the axes that cut them: the same loss and gradients as in one
+process. tests/equivalence has them through whole runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.parallel.test_context import BOUNDS
+from tests.parallel.test_context import check as check_context
+from tests.parallel.test_tensor import check as check_tensor
+from tests.parallel.work_context import Case
+from tests.parallel.work_tensor import GPT2
+from tests.ranks import Ranks
+
+DROPOUT = {"residual_dropout": 0.1, "embed_dropout": 0.1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "deberta": {**GPT2, "family": "deberta", "layers": 3, "relative_span": 6},
+    "deberta_v2": {**GPT2, "family": "deberta_v2", "layers": 3, "buckets": 8, "convolution": 3, **DROPOUT},
+    "albert": {**GPT2, "family": "albert", "embed_width": 16, "sentence_head": False, **DROPOUT},
+    "crammed": {**GPT2, "family": "crammed"},
+}
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensor_ranks(ranks: Ranks, family: str, sequence: bool) -> None:
+    case = {"model": FAMILIES[family], "sequence": sequence}
+    check_tensor(ranks.run(2, "tests.parallel.work_tensor:compare", case), 1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensor_ranks_in_float64(ranks: Ranks, family: str) -> None:
+    case = {"model": FAMILIES[family], "linear": True}
+    check_tensor(ranks.run(2, "tests.parallel.work_tensor:compare", case), 1e-12)
+
+
+@pytest.mark.parametrize("family", ["deberta_v2", "albert"])
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_data_times_tensor_with_accumulation(ranks: Ranks, family: str, recompute: str) -> None:
+    case = {"model": FAMILIES[family], "data": 2, "micro": 2, "recompute": recompute}
+    check_tensor(ranks.run(4, "tests.parallel.work_tensor:compare", case), 1e-6)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "whole"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_context_ranks(ranks: Ranks, family: str, packed: bool) -> None:
+    """Four of them, so that the neighbours of a convolution are on three ranks."""
+    check_context(ranks, 4, Case(family, packed, DROPOUT), list(BOUNDS)[:2])
