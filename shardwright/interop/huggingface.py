@@ -35,7 +35,9 @@ def read_config(raw: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]] 
             continue
         for field, value in _read_fields(part.map, beside[folder]).items():
             if fields.setdefault(field, value) != value:
-                raise ValueError(f"{folder}/config.json: says {value!r} of what is {fields[field]!r} beside it ({field})")
+                raise ValueError(
+                    f"{folder}/config.json: says {value!r} of what is {fields[field]!r} beside it ({field})"
+                )
     return family.config.model_validate(fields)
 
 

@@ -108,7 +108,9 @@ def num_flops(
     blocks = sum(runs) / length
     extra = FAMILIES[config.family].extra(config, length, rows, predicted)
     forward = blocks + extra.embed / length + head_flops(config, length, predicted * predicting / length)
-    return Flops(forward, 2 * forward - extra.constant / length, recomputed * blocks / (config.num_blocks * config.repeats))
+    return Flops(
+        forward, 2 * forward - extra.constant / length, recomputed * blocks / (config.num_blocks * config.repeats)
+    )
 
 
 def block_flops(

@@ -10,7 +10,7 @@ embedding, D width, G width of the generator, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 from torch import Tensor, nn
@@ -44,7 +44,9 @@ class ElectraConfig(EncoderConfig):
     }
 
     family: Literal["electra"] = meaning("electra", "Model family")
-    generator_layers: int | None = meaning(None, "Blocks of the generator; null is as many as the stack's, 0 none", ge=0)
+    generator_layers: int | None = meaning(
+        None, "Blocks of the generator; null is as many as the stack's, 0 none", ge=0
+    )
     generator_width: int | None = meaning(None, "Width of the generator; null is a quarter of the stack's", ge=1)
     generator_heads: int | None = meaning(None, "Heads of the generator; null is one for every 64 channels", ge=1)
     generator_mlp_width: int | None = meaning(None, "Feed-forward width of the generator; null is 4 x its width", ge=1)
@@ -87,7 +89,7 @@ class ElectraConfig(EncoderConfig):
 
 
 class GeneratorHead(Head):
-    """The generator's head on the tokens: norm(gelu(dense(x))) back to the embedding's width, its weight, and a bias."""
+    """The generator's head on the tokens: a transform back to the embedding's width, a weight, and a bias."""
 
     def __init__(self, config: ElectraConfig) -> None:
         super().__init__(config)
@@ -248,7 +250,7 @@ class Electra(Encoder):
 
 
 def extra_cost(config: ElectraConfig, length: int, rows: int, predicted: float) -> Extra:
-    """What the layer of the embedding costs: projections, the generator's stack, and its head on the predicted share."""
+    """What the layer of the embedding costs: projections, the generator's stack, its head on the predicted share."""
     own, table = config.generator, config.token_width
     projections = table * config.width * (config.embed_width is not None)
     if not own.layers:

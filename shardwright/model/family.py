@@ -113,8 +113,9 @@ class HuggingFaceMap:
 
 @dataclass(frozen=True)
 class Beside:
-    """A second model of theirs that is in ours as well, as ELECTRA's generator is: fields and tensors that both name are
-    equal in both. `absent`: our fields where there is no such folder.
+    """A second model of theirs that is in ours as well, as ELECTRA's generator is.
+
+    Fields and tensors that both name are equal in both. `absent`: our fields where there is no such folder.
     """
 
     map: HuggingFaceMap

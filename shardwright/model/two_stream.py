@@ -128,9 +128,7 @@ class TwoStreamBlock(nn.Module):
         self.attention_dropout = Dropout(config.residual_dropout, site=1)
         self.mlp_dropout = Dropout(config.residual_dropout, site=2)
 
-    def forward(
-        self, x: Tensor, context: Context, layer_key: Tensor | None = None, cache: None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context, layer_key: Tensor | None = None, cache: None = None) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
         content, query = split_streams(x, context)
         y, z = self.attention(content, query, context=context)

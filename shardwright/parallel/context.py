@@ -24,7 +24,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from shardwright.config import ConfigError
 from shardwright.parallel.collectives import gather
 
-
 #: What attention has to know of every key of a row.
 OF_KEYS = ("documents", "order", "token_types")
 

@@ -229,8 +229,8 @@ def _query_stream(f: Facts) -> str | None:
     if f.tensor == 1 or not f.sequence or f.query_stream % f.tensor == 0:
         return None
     return (
-        f"parallel.tensor={f.tensor}: cuts the {f.query_stream} predicted tokens of a sequence by themselves and does not "
-        "divide them; change objective.context or use parallel.sequence=false"
+        f"parallel.tensor={f.tensor}: cuts the {f.query_stream} predicted tokens of a sequence by themselves and does "
+        "not divide them; change objective.context or use parallel.sequence=false"
     )
 
 

@@ -425,7 +425,8 @@ def localize_heads(hidden: Tensor, heads: Any, mesh: DeviceMesh, sequence: bool)
     """What this rank computes the loss with: hidden [B, T/t or T, D] whole, and its own rows of the vocabulary's head.
 
     `heads` is a NamedTuple: `vocabulary`, None or a NamedTuple with weight [V, D] and bias [V] or None (DTensors) and a
-    field `vocabulary`, which is set; `transform`, which stands before it; `others`, by name, which all ranks compute alike.
+    field `vocabulary`, which is set; `transform`, which stands before it; `others`, by name, which all ranks compute
+    alike.
     The loss is then the same on every rank; the partial gradients of hidden that it returns are summed here.
     """
     own = None if heads.vocabulary is None else _own_rows(heads.vocabulary, mesh)

@@ -2,15 +2,15 @@
 
 Beside stages.py, whose `LossModel` it specialises. The generator with its head, its loss and the drawing belong to the
 stage of the embedding, so tied tables never part. Its loss does not travel: it hangs on the activation that leaves the
-stage, and the backward pass that comes through there sends the term's scale into it (as Megatron's auxiliary losses do);
-its value is kept for `Stages` to add. What the last stage is to say of each token travels as a channel more beside the
-activations, 0 or 1 and so exact in every format. One process runs the same code. Shapes: B batch, T tokens (t of them
-between stages, where sequence parallelism cuts them), P places, D width.
+stage, and the backward pass that comes through there starts its own (as with Megatron's auxiliary losses); its value is
+kept for `Stages` to add. What the last stage is to say of each token travels as a channel more beside the activations,
+0 or 1 and so exact in every format. One process runs the same code. Shapes: B batch, T tokens (t of them between
+stages, where sequence parallelism cuts them), P places, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -97,6 +97,8 @@ def build_loss_model(
     """The stage of a model with its objective; ConfigError where the two do not go together."""
     drafts, replaced = isinstance(model, Electra), isinstance(objective, Replaced)
     if replaced and not (drafts and cast(Electra, model).config.generator.layers):
-        raise ConfigError("objective.name=replaced: needs a generator; use model.family=electra with generator_layers > 0")
+        raise ConfigError(
+            "objective.name=replaced: needs a generator; use model.family=electra with generator_layers > 0"
+        )
     kind = DraftModel if replaced else LossModel
     return kind(model, objective, seed, first=first, last=last)

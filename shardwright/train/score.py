@@ -9,9 +9,9 @@ from shardwright.config import ConfigError
 from shardwright.data.manifest import Manifest
 from shardwright.parallel.mesh import World
 from shardwright.train.build import build_objective, build_validation, check_corpus
+from shardwright.train.draft import build_loss_model
 from shardwright.train.evaluate import evaluate, split_text, xz_bits_per_byte
 from shardwright.train.load import Loaded, load
-from shardwright.train.draft import build_loss_model
 from shardwright.train.stages import Loop, Stages
 
 

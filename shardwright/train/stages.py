@@ -43,7 +43,7 @@ class LossModel(nn.Module):
         self.passes = 0  # begun since `begin`: where in the step this stage is
         #: Turns hidden states and heads into what this rank computes the loss with; a tensor axis puts its own here.
         self.localize: Callable[[Tensor, Heads], tuple[Tensor, Heads]] = lambda hidden, heads: (hidden, heads)
-        #: Of [B, T] the part [B, t] that travels with this rank's activations, and back; sequence parallelism sets both.
+        #: Of [B, T] the part [B, t] that travels with this rank's activations, and back; set by sequence parallelism.
         self.own_tokens: Callable[[Tensor], Tensor] = lambda x: x
         self.all_tokens: Callable[[Tensor], Tensor] = lambda x: x
         #: Sums of the terms that an earlier stage than the last one knew, since they were last taken; [terms].

@@ -151,7 +151,9 @@ def test_both_terms_are_those_of_their_two_heads(case: str) -> None:
     keys = place_keys(Inputs(text, sequence=whole["sequence"], step=6, seed=11), places)
     times = -np.log1p(-uniform(keys[active], torch.arange(101), torch.float64).numpy())
     drawn = torch.tensor((times / logits[active].double().softmax(-1).detach().numpy()).argmin(-1))
-    filled = whole["input_ids"].index_put((torch.arange(3).repeat_interleave(5).view(3, 5)[active], places[active]), drawn)
+    filled = whole["input_ids"].index_put(
+        (torch.arange(3).repeat_interleave(5).view(3, 5)[active], places[active]), drawn
+    )
     changed = (filled != text).long()
     second = judge(**{**batch, "input_ids": filled}, labels=changed).loss
     torch.testing.assert_close(stage.early.sum(), first.detach(), **CLOSE)

@@ -1,4 +1,4 @@
-"""XLNet against Hugging Face's: two streams in an order, an encoder without one, counts, and tensors with their heads."""
+"""XLNet against Hugging Face's: two streams in an order, an encoder without one, counts, tensors with their heads."""
 
 from __future__ import annotations
 

@@ -82,7 +82,9 @@ def test_what_rounding_does_to_a_logit_seldom_changes_a_draw() -> None:
     hidden, weight = torch.randn(20, 50, 64, generator=generator), torch.randn(4000, 64, generator=generator) / 8
     drawn = draw(hidden, Head(weight), keys(20, 50), uniform)
     for noise in (1e-6, 1e-5):
-        other = draw(hidden * (1 + noise * torch.randn(hidden.shape, generator=generator)), Head(weight), keys(20, 50), uniform)
+        other = draw(
+            hidden * (1 + noise * torch.randn(hidden.shape, generator=generator)), Head(weight), keys(20, 50), uniform
+        )
         assert (drawn != other).sum() <= 1000 * noise * 30 + 1
 
 

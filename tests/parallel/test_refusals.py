@@ -91,11 +91,21 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     "query heads": [({"tensor": 8, "kv_heads": 8}, r"parallel.tensor=8: .*query .* \(model.heads=12\); 1, .*, 12 do")],
     "key heads": [({"tensor": 4, "kv_heads": 2}, r"parallel.tensor=4: .*key heads \(model.kv_heads=2\); 1, 2 do")],
     "feed-forward width": [({"tensor": 4, "mlp_width": 3070}, r"parallel.tensor=4: .*\(model.mlp_width=3070\)")],
+    "generator": [
+        (
+            {"tensor": 4, "generator_heads": 2, "generator_mlp_width": 64},
+            r"parallel.tensor=4: .*generator_heads=2\); 1, 2 ",
+        ),
+        ({"tensor": 4, "generator_heads": 4, "generator_mlp_width": 66}, r".*\(model.generator_mlp_width=66\)"),
+    ],
     "vocabulary": [({"tensor": 4, "vocab_size": 5}, "parallel.tensor=4: a vocabulary of 5")],
     "sequence slices": [
         ({"tensor": 4, "length": 1022}, "data.sequence_length=1022: .* use parallel.sequence=false"),
         ({"tensor": 12, "context": 2, "length": 36}, "data.sequence_length=36: "),
         ({"tensor": 4, "target": 114}, "gives targets of 114 tokens, which do not divide into .* parallel.tensor=4 sl"),
+    ],
+    "query stream": [
+        ({"tensor": 2, "query_stream": 85}, "parallel.tensor=2: cuts the 85 .* or use parallel.sequence=false"),
     ],
     "context chunks": [
         ({"context": 4, "length": 1020}, "data.sequence_length=1020: .* 8 equal chunks; 1024 is"),
@@ -294,6 +304,9 @@ def any_facts(draw: st.DrawFn) -> Facts:
         heads=kv_heads * draw(st.sampled_from([1, 2, 3])),
         kv_heads=kv_heads,
         mlp_width=draw(st.sampled_from([30, 32, 48, 96])),
+        generator_heads=draw(st.sampled_from([0, 0, 2, 4])),
+        generator_mlp_width=draw(st.sampled_from([0, 0, 30, 32])),
+        query_stream=draw(st.sampled_from([0, 0, 15, 16])),
         vocab_size=draw(st.sampled_from([0, 5, 9, 509])),
         length=draw(st.sampled_from([6, 16, 36, 48, 64, 100])),
         batches=tuple(draw(st.lists(st.integers(1, 70), min_size=1, max_size=3))),
@@ -314,9 +327,10 @@ def fits(f: Facts) -> bool:
     split = f.pipeline > 1 and f.schedule in ("interleaved_zero_bubble", "zbv", "dualpipev")
     whole = f.data * f.context * f.tensor * f.pipeline == f.world
     hybrid = f.zero == 0 or f.shard is None or f.data % f.shard == 0
-    tensor = all(size % f.tensor == 0 for size in (f.heads, f.kv_heads, f.mlp_width))
+    cut = (f.heads, f.kv_heads, f.mlp_width, f.generator_heads, f.generator_mlp_width)
+    tensor = all(size % f.tensor == 0 for size in cut)
     rows = [range(r * -(-f.vocab_size // f.tensor), f.vocab_size)[:1] for r in range(f.tensor)]
-    slices = f.tensor == 1 or not f.sequence or f.length % (f.context * f.tensor) == 0
+    slices = f.tensor == 1 or not f.sequence or f.length % (f.context * f.tensor) == f.query_stream % f.tensor == 0
     chunks = f.context == 1 or f.length % (2 * f.context) == 0
     zero = not (f.pipeline > 1 and f.zero == 2) and not (split and f.zero == 3)
     graphs = not (split and (f.compile or f.recompute == "selective"))

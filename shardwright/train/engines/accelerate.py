@@ -27,10 +27,10 @@ from shardwright.parallel.logical import Logical
 from shardwright.parallel.mesh import World
 from shardwright.parallel.precision import FORMATS, Masters, master_format
 from shardwright.parallel.zero import STAGES, ShardedMasters, begin_micro_batch, sharded_modules
+from shardwright.train.draft import build_loss_model
 from shardwright.train.engines import Built
 from shardwright.train.layout import apply_blocks, blocks_of, product_format
 from shardwright.train.optim import build_optimizer
-from shardwright.train.draft import build_loss_model
 from shardwright.train.stages import Batch, Loop, LossModel, Stages
 
 OLDEST = "1.10"

@@ -28,12 +28,12 @@ from shardwright.model.init import apply_init, initial_value
 from shardwright.objective.objective import Objective
 from shardwright.parallel.logical import Logical
 from shardwright.parallel.mesh import World, choose_device
+from shardwright.train.draft import build_loss_model
 from shardwright.train.engines import Built
 from shardwright.train.engines.held import Held
 from shardwright.train.engines.rows import Rows
 from shardwright.train.layout import apply_blocks
 from shardwright.train.optim import build_optimizer
-from shardwright.train.draft import build_loss_model
 from shardwright.train.stages import Batch, Loop, LossModel, Stages
 
 OLDEST = "0.19.8"  # 0.17.6 to 0.19.3 compute wrong gradients at ZeRO 2 without a word
