@@ -114,7 +114,7 @@ def test_an_entry_of_a_list_that_is_there_can_be_set():
 def test_what_is_no_config_file_gets_one_line(name, line):
     with pytest.raises(ConfigError) as error:
         find_config(name)
-    assert line in str(error.value) and "shipped configs: colab, debug/gpt2" in str(error.value)
+    assert line in str(error.value) and "debug/gpt2" in str(error.value)
 
 
 def test_a_config_is_found_by_name_and_a_near_miss_is_proposed():

@@ -44,12 +44,12 @@ def _he(config: TransformerConfig, part: str, shape: torch.Size) -> float:
 
 
 def _t5(config: TransformerConfig, part: str, shape: torch.Size) -> float:
-    """Variance 1 / in, embeddings and a free head N(0, 1), biases of distances 1 / D (Raffel et al. 2020, Mesh
-    TensorFlow).
+    """Variance 1 / in, embeddings N(0, 1), biases of distances N(0, 1 / D) (Raffel et al. 2020, Mesh TensorFlow).
 
-    q is divided by sqrt(d) where the scores are not.
+    q is divided by sqrt(d) where the scores are not. (Hugging Face draws a free head from N(0, 1), which gives logits
+    of the size of sqrt(D); the paper's program has a linear layer like any other.)
     """
-    if part in (*EMBEDDINGS, "head"):
+    if part in EMBEDDINGS:
         return 1.0
     if part.endswith("relative"):
         return config.width**-0.5

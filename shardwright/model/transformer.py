@@ -363,7 +363,7 @@ class LanguageModel(nn.Module):
         return context._replace(token_keys=token_keys(inputs.seed, inputs.step, sequence, index))
 
     def border(self, shapes: Mapping[str, torch.Size]) -> int:
-        """Tokens a row of what one stage of a pipeline hands to the next, by the shapes of a batch's arrays."""
+        """Tokens a row of what one part of a model hands to the next, by the shapes of a batch's arrays."""
         return shapes["input_ids"][1]
 
     def hidden(self, inputs: Inputs, x: Tensor | None = None, cache: Cache | None = None) -> Tensor:

@@ -107,7 +107,7 @@ def stream_tokens(
     sequence it goes on from the last half of what it can hold. RunError where the model gives numbers that are not
     finite.
     """
-    if not model.config.causal:
+    if model.config.kind == "encoder":
         raise ConfigError(f"model.family={model.config.family}: sees both sides of a token and cannot generate text")
     if not prompt:
         raise ValueError("prompt: is empty and the tokenizer has no end-of-document token; give at least one token")

@@ -164,8 +164,13 @@ def _costs(config: Config, replicas: int, layers: list[tuple[str, nn.Module]]) -
 
 def num_predictions(config: Config) -> int | None:
     """Tokens of a sequence that are predicted, where the objective fixes their number; None where all are."""
+    return _number_of(config, "num_predictions")
+
+
+def _number_of(config: Config, what: str) -> int | None:
+    """A number that the objective gives for its rows; None where it has none."""
     length, (_, build) = config.data.sequence_length, OBJECTIVES[config.objective.name]
-    count = getattr(build(config.objective, Setting(length)), "num_predictions", None)
+    count = getattr(build(config.objective, Setting(length)), what, None)
     return None if count is None else int(count(length))
 
 
@@ -176,9 +181,9 @@ def predicted_share(config: Config) -> float:
 
 
 def row_lengths(config: Config) -> tuple[int, int]:
-    """Tokens of a row, and of what is predicted from it: the decoder's row where there is an encoder, else the same."""
-    length = config.data.sequence_length
-    return length, length
+    """Tokens of a row, and of the row that is predicted: the decoder's where there is an encoder, else the same."""
+    length, target = config.data.sequence_length, _number_of(config, "target_length")
+    return length, length if target is None else target
 
 
 def _build_part(config: Config, layers: range) -> LanguageModel:

@@ -53,7 +53,21 @@ TWOFOLD: dict[str, dict[str, Any]] = {
     },
     "xlnet": {"family": "xlnet", **_SMALL},
 }  # fmt: skip
-OBJECTIVES: dict[str, dict[str, Any]] = {"electra": {"name": "replaced"}, "xlnet": {"name": "permuted"}}
+#: Encoder-decoders, each with its objective.
+PAIRED: dict[str, dict[str, Any]] = {
+    "t5": {
+        "family": "t5", **_SMALL, "layers": 2, "decoder_layers": 3, "mlp_width": 96, "activation": "geglu_tanh",
+        "tied": False, "scale_logits": False,
+    },
+    "bart": {"family": "bart", **_SMALL, "layers": 2, "decoder_layers": 3},
+    "transformer": {"family": "transformer", **_SMALL, "layers": 3, "decoder_layers": 2},
+}  # fmt: skip
+_INFILL = {"name": "denoise", "damage": ["infill"]}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "electra": {"name": "replaced"}, "xlnet": {"name": "permuted"}, "bart": _INFILL, "transformer": _INFILL,
+    # A kind whose targets are as long as the rows, so that every layout can cut them.
+    "t5": {"name": "span", "kind": "mass"},
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": _GPT2,
     "llama": _LLAMA,
@@ -67,6 +81,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     **OWN_KINDS,
     **TWOFOLD,
+    **PAIRED,
 }  # fmt: skip
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
@@ -370,7 +385,7 @@ def matrix() -> tuple[Cell, ...]:
     ]
     cells += [
         Cell(shape, layout, setting)
-        for shape in TWOFOLD
+        for shape in (*TWOFOLD, *PAIRED)
         for setting, layouts in CHOSEN_TWOFOLD.items()
         for layout in layouts
     ]

@@ -6,12 +6,12 @@ runs, and in float64, with bounds of its own, it cannot be told from chance.
 
 import pytest
 
-from tests.equivalence.cells import OBJECTIVES, Cell
+from tests.equivalence.cells import TWOFOLD, Cell
 from tests.equivalence.matrix import Matrix
 
 THREE_AXES = "data2_tensor2_pipeline2_1f1b"
 CELLS = [
-    *(Cell(shape, layout) for shape in OBJECTIVES for layout in ("zero3", "tensor2", "context2", "pipeline2_zbv")),
+    *(Cell(shape, layout) for shape in TWOFOLD for layout in ("zero3", "tensor2", "context2", "pipeline2_zbv")),
     *(Cell("electra", layout, "fp64") for layout in ("zero3", "pipeline2_1f1b")),
 ]
 
@@ -28,6 +28,6 @@ def test_a_layout_changes_nothing(cell, bench):
     assert bench.check(cell).problem == ""
 
 
-@pytest.mark.parametrize("shape", OBJECTIVES)
+@pytest.mark.parametrize("shape", TWOFOLD)
 def test_a_product_of_three_axes(shape, bench):
     assert bench.check(Cell(shape, THREE_AXES)).problem == ""
