@@ -187,8 +187,6 @@ class Inputs(NamedTuple):
 class Context(NamedTuple):
     """What every block of one forward pass shares; built once by `LanguageModel.context`."""
 
-    OF_TOKENS = ("position_ids", "token_keys", "token_types", "places", "query_keys")  # of the residual stream's tokens
-
     position_ids: Tensor  # [B or 1, T] int64
     mask: Tensor | None = None  # [B, 1, T, S], true (or 0 against -inf) where attended; holds the causal rule too
     causal: bool = True  # no query sees a later key; where mask is None the kernel's own rule does that
@@ -211,6 +209,12 @@ class Context(NamedTuple):
     query_distances: Tensor | None = None  # [B, P, S] int64, as `distances`
     seeing: Tensor | None = None  # [B, 1, T + P, 1], false for a query that sees no key; there `mask` is true
     differ: Tensor | None = None  # [B, 1, T + P, S], true where key and query are of different segments
+
+    @property
+    def of_tokens(self) -> dict[str, Tensor | None]:
+        """The fields that belong to tokens of the residual stream, each [B or 1, T] or, of a second stream, [B, P]."""
+        names = ("position_ids", "token_keys", "token_types", "places", "query_keys")
+        return {name: getattr(self, name) for name in names}
 
 
 class Embed(nn.Module):

@@ -25,7 +25,7 @@ DRAW_ROWS = 512
 class Chance(Protocol):
     """Uniform numbers in (0, 1) of places and tokens, finely spaced next to 0, where the winners are."""
 
-    def __call__(self, keys: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    def __call__(self, keys: Tensor, tokens: Tensor, dtype: torch.dtype, /) -> Tensor:
         """int64 keys of places [N] and numbers of tokens [V] -> [N, V]."""
 
 

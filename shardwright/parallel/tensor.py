@@ -377,8 +377,7 @@ def _own_context(build: Callable[..., Any], mesh: DeviceMesh, *args: Any, **kwar
 
 def _own_stream(context: Any, mesh: DeviceMesh) -> Any:
     """The context of a stream, and of the encoder's beside it; each is cut by itself."""
-    of_tokens = {name: getattr(context, name) for name in context.OF_TOKENS}
-    own = {name: x if x is None else own_tokens(x, mesh) for name, x in of_tokens.items()}
+    own = {name: x if x is None else own_tokens(x, mesh) for name, x in context.of_tokens.items()}
     encoder = None if context.encoder is None else _own_stream(context.encoder, mesh)
     return context._replace(**own, encoder=encoder)
 

@@ -105,7 +105,7 @@ def build_facts(config: Config, size: int) -> Facts:
     )
 
 
-def _second_stack(config: Config) -> dict[str, int]:
+def _second_stack(config: Config) -> dict[str, Any]:
     """What tensor ranks have to share beside the stack: ELECTRA's generator, XLNet's query stream."""
     model: Any = config.model
     if isinstance(model, ElectraConfig) and model.generator.layers:
