@@ -50,20 +50,31 @@ class Head(NamedTuple):
 
 
 def loss_and_gradient(
-    logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor, softcap: float | None
+    logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor, softcap: float | None, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The element-wise part, in float32 (float64 as it is); a compiler makes one pass of it."""
+    """The element-wise part, in float32 (float64 as it is); a compiler makes one pass of it.
+
+    `smoothing`: share of the target that is spread over the vocabulary evenly (Szegedy et al. 2016).
+    """
     wide = _capped(logits, softcap)
     top = wide.amax(-1, keepdim=True)
     powers = (wide - top).exp()
     total = powers.sum(-1, keepdim=True)
     picked = wide.gather(-1, labels.unsqueeze(-1))
+    if smoothing:
+        picked = (1 - smoothing) * picked + smoothing * wide.mean(-1, keepdim=True)
     loss = ((total.log() + top - picked).squeeze(-1) * weights).sum()
     target = torch.arange(logits.shape[-1], device=logits.device) == labels.unsqueeze(-1)
-    gradient = (powers / total - target.float()) * (weights * scale).unsqueeze(-1)
+    wanted = _smoothed(target.float(), smoothing, logits.shape[-1])
+    gradient = (powers / total - wanted) * (weights * scale).unsqueeze(-1)
     if softcap is not None:
         gradient = gradient * (1 - (wide / softcap).square())
     return loss, gradient.to(logits.dtype)
+
+
+def _smoothed(target: Tensor, smoothing: float, vocabulary: int | Tensor) -> Tensor:
+    """The distribution that is aimed at: `target` is 1 at the label, 0 elsewhere."""
+    return (1 - smoothing) * target + smoothing / vocabulary if smoothing else target
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -79,25 +90,42 @@ def part_top(logits: Tensor, softcap: float | None) -> Tensor:
     return _capped(logits, softcap).amax(-1)
 
 
-def part_sums(logits: Tensor, places: Tensor, top: Tensor, softcap: float | None) -> Tensor:
-    """[2, n]: sum of exp(logit - top), and the label's logit where it is held here; `places` count from `start`."""
+def part_sums(logits: Tensor, places: Tensor, top: Tensor, softcap: float | None, smoothing: float = 0.0) -> Tensor:
+    """[2, n]: sum of exp(logit - top), and the label's logit where it is held here; `places` count from `start`.
+
+    With smoothing [4, n]: the sum of the logits too, and how many they are.
+    """
     wide = _capped(logits, softcap)
     total = (wide - top.unsqueeze(-1)).exp().sum(-1)
-    return torch.stack([total, torch.where(_target(logits, places), wide, 0.0).sum(-1)])
+    sums = [total, torch.where(_target(logits, places), wide, 0.0).sum(-1)]
+    if smoothing:
+        sums += [wide.sum(-1), torch.full_like(total, logits.shape[-1])]
+    return torch.stack(sums)
 
 
 def part_loss_and_gradient(
-    logits: Tensor, places: Tensor, weights: Tensor, scale: Tensor, softcap: float | None, top: Tensor, sums: Tensor
+    logits: Tensor,
+    places: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    softcap: float | None,
+    top: Tensor,
+    sums: Tensor,
+    smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """As `loss_and_gradient`: the loss of the whole vocabulary and the gradient of the logits held here.
 
-    `top` [n] and `sums` [2, n] are of all holders.
+    `top` [n] and `sums` [2 or 4, n] are of all holders.
     """
     wide = _capped(logits, softcap)
-    total, picked = sums
+    total, picked = sums[0], sums[1]
+    wanted = _target(logits, places).float()
+    if smoothing:
+        picked = (1 - smoothing) * picked + smoothing * sums[2] / sums[3]
+        wanted = _smoothed(wanted, smoothing, sums[3].unsqueeze(-1))
     loss = ((total.log() + top - picked) * weights).sum()
     share = (wide - top.unsqueeze(-1)).exp() / total.unsqueeze(-1)
-    gradient = (share - _target(logits, places).float()) * (weights * scale).unsqueeze(-1)
+    gradient = (share - wanted) * (weights * scale).unsqueeze(-1)
     if softcap is not None:
         gradient = gradient * (1 - (wide / softcap).square())
     return loss, gradient.to(logits.dtype)
@@ -111,9 +139,9 @@ def _target(logits: Tensor, places: Tensor) -> Tensor:
 class Kernel(NamedTuple):
     """The element-wise functions of the loss: of a whole vocabulary, and the three stages of a part of one."""
 
-    whole: Callable[[Tensor, Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]] = loss_and_gradient
+    whole: Callable[..., tuple[Tensor, Tensor]] = loss_and_gradient
     top: Callable[[Tensor, float | None], Tensor] = part_top
-    sums: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] = part_sums
+    sums: Callable[..., Tensor] = part_sums
     part: Callable[..., tuple[Tensor, Tensor]] = part_loss_and_gradient
 
     def compiled(self) -> Kernel:
@@ -121,15 +149,17 @@ class Kernel(NamedTuple):
         made: tuple[Any, ...] = tuple(torch.compile(function, fullgraph=True) for function in self)
         return Kernel(*made)
 
-    def run(self, logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    def run(
+        self, logits: Tensor, labels: Tensor, weights: Tensor, scale: Tensor, head: Head, smoothing: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """(loss sum, scale x its gradient by the logits [n, V]); labels [n] of the whole vocabulary, weights [n]."""
         vocabulary, softcap = head.vocabulary, head.softcap
         if vocabulary is None:
-            return self.whole(logits, labels, weights, scale, softcap)
+            return self.whole(logits, labels, weights, scale, softcap, smoothing)
         places = labels - vocabulary.start
         top = vocabulary.max(self.top(logits, softcap))
-        sums = vocabulary.sum(self.sums(logits, places, top, softcap))
-        return self.part(logits, places, weights, scale, softcap, top, sums)
+        sums = vocabulary.sum(self.sums(logits, places, top, softcap, smoothing))
+        return self.part(logits, places, weights, scale, softcap, top, sums, smoothing)
 
 
 KERNEL = Kernel()
@@ -148,6 +178,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         scale: Tensor,
         kernel: Kernel,
+        smoothing: float,
     ) -> Tensor:
         head = Head(weight, bias, softcap, vocabulary)
         total = torch.zeros((), dtype=wide_format(hidden), device=hidden.device)
@@ -156,7 +187,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], CHUNK_ROWS):
             part = slice(start, start + CHUNK_ROWS)
             logits = torch.nn.functional.linear(hidden[part], weight, bias)
-            loss, dlogits = kernel.run(logits, labels[part], weights[part], scale, head)
+            loss, dlogits = kernel.run(logits, labels[part], weights[part], scale, head, smoothing)
             total += loss
             torch.mm(dlogits, weight, out=hidden_grad[part])
             _accumulate(head_grads, dlogits, hidden[part], bias)
@@ -168,7 +199,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale, *grads = ctx.saved_tensors
         rest = outer[0] / scale  # 1 where the scale was the right one
         hidden_grad, weight_grad, *bias_grad = (g * rest for g in grads)
-        return (hidden_grad, weight_grad, bias_grad[0] if bias_grad else None, *[None] * 6)
+        return (hidden_grad, weight_grad, bias_grad[0] if bias_grad else None, *[None] * 7)
 
 
 def _accumulate(grads: list[Tensor], dlogits: Tensor, hidden: Tensor, bias: Tensor | None) -> None:
@@ -199,23 +230,24 @@ def linear_cross_entropy(
     weights: Tensor,
     scale: Tensor | None = None,
     kernel: Kernel = KERNEL,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Weighted sum of -log softmax(logits)[labels], a float32 scalar; float64 where hidden states are.
 
     hidden [..., D] and the head in the compute format, labels [...] int64, weights [...] float32.
     Logits are rounded to the compute format, as every matrix product is; the rest is float32.
     `scale` (0-dim float32) is the gradient that this sum is going to get: fp16 products need it beforehand,
-    since an undivided sum over rows leaves its range. Where the head is a part of a vocabulary, hidden, labels and
-    weights are the same on all holders and so is the loss; the gradient of hidden is this holder's summand of the
-    whole one.
+    since an undivided sum over rows leaves its range. `smoothing`: as in `loss_and_gradient`. Where the head is a
+    part of a vocabulary, hidden, labels and weights are the same on all holders and so is the loss; the gradient of
+    hidden is this holder's summand of the whole one.
     """
     rows, labels, weights = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), weights.reshape(-1)
     weights = weights.to(wide_format(hidden))
     scale = torch.ones((), device=hidden.device) if scale is None else scale
     if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(rows, *head, labels, weights, scale, kernel)
+        return _LinearCrossEntropy.apply(rows, *head, labels, weights, scale, kernel, smoothing)
     total = torch.zeros((), dtype=weights.dtype, device=hidden.device)
     for part in (slice(n, n + CHUNK_ROWS) for n in range(0, rows.shape[0], CHUNK_ROWS)):
         logits = torch.nn.functional.linear(rows[part], head.weight, head.bias)
-        total += kernel.run(logits, labels[part], weights[part], scale, head)[0]
+        total += kernel.run(logits, labels[part], weights[part], scale, head, smoothing)[0]
     return total

@@ -29,19 +29,21 @@ def _case(rows: int, width: int, vocab: int, seed: int, dtype: torch.dtype):
     vocab=st.integers(2, 30),
     seed=st.integers(0, 99),
     cap=st.sampled_from([None, 2.0]),
+    smoothing=st.sampled_from([0.0, 0.1]),
 )
-def test_equals_torch(rows, width, vocab, seed, cap):
+def test_equals_torch(rows, width, vocab, seed, cap, smoothing):
     hidden, weight, bias, labels, weights = _case(rows, width, vocab, seed, torch.float32)
     before, cross_entropy.CHUNK_ROWS = cross_entropy.CHUNK_ROWS, 7
     try:
-        ours = linear_cross_entropy(hidden, Head(weight, bias, cap), labels, weights)
+        head = Head(weight, bias, cap)
+        ours = linear_cross_entropy(hidden, head, labels, weights, smoothing=smoothing)
         grads = torch.autograd.grad(ours * 3, (hidden, weight, bias))
     finally:
         cross_entropy.CHUNK_ROWS = before
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
     logits = exact[0] @ exact[1].T + exact[2]
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
-    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
     theirs = (losses * weights.double()).sum()
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
     for got, expected in zip(grads, torch.autograd.grad(theirs * 3, exact), strict=True):
@@ -103,7 +105,7 @@ class Holder:
         return self._all("sum", x).sum(0)
 
 
-def _held_by(sizes, hidden, weight, bias, cap, labels, weights, *, scale=None, kernel=KERNEL, grad=True):
+def _held_by(sizes, hidden, weight, bias, cap, labels, weights, *, scale=None, kernel=KERNEL, grad=True, smoothing=0.0):
     """Loss, calls and the gradients of hidden (summed) and of all rows, from threads with `sizes` rows each."""
     slots, barrier, starts = [None] * len(sizes), Barrier(len(sizes)), [sum(sizes[:n]) for n in range(len(sizes))]
 
@@ -113,7 +115,8 @@ def _held_by(sizes, hidden, weight, bias, cap, labels, weights, *, scale=None, k
         shared = hidden.detach().clone().requires_grad_()
         holder = Holder(starts[index], index, slots, barrier)
         with torch.set_grad_enabled(grad):
-            loss = linear_cross_entropy(shared, Head(*parts, cap, holder), labels, weights, scale, kernel)
+            head = Head(*parts, cap, holder)
+            loss = linear_cross_entropy(shared, head, labels, weights, scale, kernel, smoothing)
         outer = loss * (3 if scale is None else scale)
         return loss, holder.calls, torch.autograd.grad(outer, (shared, *parts)) if grad else ()
 
@@ -130,23 +133,25 @@ def _held_by(sizes, hidden, weight, bias, cap, labels, weights, *, scale=None, k
     sizes=st.lists(st.integers(0, 12), min_size=1, max_size=4).filter(lambda sizes: sum(sizes) > 0),
     seed=st.integers(0, 99),
     cap=st.sampled_from([None, 2.0]),
+    smoothing=st.sampled_from([0.0, 0.1]),
 )
-def test_holders_of_parts_of_the_vocabulary_make_the_whole(rows, sizes, seed, cap):
+def test_holders_of_parts_of_the_vocabulary_make_the_whole(rows, sizes, seed, cap, smoothing):
     """Any cut, empty parts too; the largest logit and the label may be anywhere."""
     hidden, weight, bias, labels, weights = _case(rows, 5, sum(sizes), seed, torch.float32)
     before, cross_entropy.CHUNK_ROWS = cross_entropy.CHUNK_ROWS, 7
     try:
-        loss, calls, grads = _held_by(sizes, hidden, weight, bias, cap, labels, weights)
-        free, _, _ = _held_by(sizes, hidden, weight, bias, cap, labels, weights, grad=False)
+        case = (sizes, hidden, weight, bias, cap, labels, weights)
+        loss, calls, grads = _held_by(*case, smoothing=smoothing)
+        free, _, _ = _held_by(*case, grad=False, smoothing=smoothing)
     finally:
         cross_entropy.CHUNK_ROWS = before
-    whole = linear_cross_entropy(hidden, Head(weight, bias, cap), labels, weights)
+    whole = linear_cross_entropy(hidden, Head(weight, bias, cap), labels, weights, smoothing=smoothing)
     torch.testing.assert_close(loss, whole, rtol=1e-5, atol=1e-6)
     assert torch.equal(free, loss)
     for got, expected in zip(grads, torch.autograd.grad(whole * 3, (hidden, weight, bias)), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=3e-6)
     chunks = [min(7, rows - start) for start in range(0, rows, 7)]
-    assert calls[0] == [call for n in chunks for call in (("max", (n,)), ("sum", (2, n)))]
+    assert calls[0] == [call for n in chunks for call in (("max", (n,)), ("sum", (4 if smoothing else 2, n)))]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
@@ -161,15 +166,16 @@ def test_holders_in_low_precision(dtype, bound):
         assert (got - expected).float().norm() <= bound * expected.float().norm()
 
 
-def test_compiled_functions_of_a_part_are_those_of_the_plain_ones():
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_compiled_functions_of_a_part_are_those_of_the_plain_ones(smoothing):
     hidden, weight, bias, labels, weights = _case(24, 16, 21, 3, torch.float32)
     logits, places, scale = (hidden @ weight.T + bias).detach()[:, 9:], labels - 9, torch.tensor(2.0)
     results = []
     for kernel in (KERNEL, KERNEL.compiled()):
         assert isinstance(kernel, Kernel)
         top = kernel.top(logits, 5.0) + 1
-        sums = kernel.sums(logits, places, top, 5.0) + 1
-        results.append([top, sums, *kernel.part(logits, places, weights, scale, 5.0, top, sums)])
+        sums = kernel.sums(logits, places, top, 5.0, smoothing) + 1
+        results.append([top, sums, *kernel.part(logits, places, weights, scale, 5.0, top, sums, smoothing)])
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain)
 
