@@ -193,13 +193,16 @@ def bits_per_byte(
 
     from shardwright.data.loader import Loader
     from shardwright.data.order import Plan
-    from shardwright.data.pack import Packing
     from shardwright.data.stream import ValidationStream
+    from shardwright.objective.causal import Causal, CausalConfig
+    from shardwright.objective.setting import Setting
 
     stream = ValidationStream([str(data)], raw_length=length + 1, stride=length)
-    plan, packing = Plan(global_batch=8, micro_batch=8, lanes=1), Packing(mask_documents, reset_positions)
+    plan = Plan(global_batch=8, micro_batch=8, lanes=1)
+    setting = Setting(length, mask_documents=mask_documents, reset_positions=reset_positions, evaluation=True)
+    objective = Causal(CausalConfig(), setting)
     nats, count = 0.0, 0.0
-    with torch.no_grad(), Loader(stream, plan, packing) as loader:
+    with torch.no_grad(), Loader(stream, plan, objective) as loader:
         for step in loader:
             for batch in step.micro_batches:
                 logits = logits_of(batch).float().flatten(0, 1)

@@ -84,15 +84,17 @@ def config_of(job: Job) -> dict[str, Any]:
 
 def our_batches(job: Job, *, masked: bool) -> list[dict[str, torch.Tensor]]:
     """The random tokens as the loader would pack them, with or without document boundaries."""
-    from shardwright.data.pack import Packing
     from shardwright.data.stream import Sequences
+    from shardwright.objective.causal import Causal, CausalConfig
+    from shardwright.objective.setting import Setting
 
-    packing = Packing(mask_documents=masked, reset_positions=masked)
+    setting = Setting(Shape(**job.shape).length, mask_documents=masked, reset_positions=masked)
+    objective = Causal(CausalConfig(), setting)
     batches = []
     for tokens, begins in zip(np.load(job.tokens), np.load(job.documents), strict=True):
         lengths = np.full(len(tokens), tokens.shape[1])
         rows, starts = np.nonzero(begins) if masked else np.empty((2, 0), np.int64)
-        arrays = packing(Sequences(np.arange(len(tokens)), tokens, lengths, rows, starts))
+        arrays = objective.corrupt(Sequences(np.arange(len(tokens)), tokens, lengths, rows, starts))
         batches.append({name: torch.from_numpy(array).to(job.device) for name, array in arrays.items()})
     return batches
 

@@ -200,12 +200,13 @@ SEEK = """
 import json, sys, time
 import numpy, torch, shardwright.data.loader as loader, shardwright.data.stream as stream
 from shardwright.data.order import Plan
-from shardwright.data.pack import Packing
+from shardwright.objective.causal import Causal, CausalConfig
+from shardwright.objective.setting import Setting
 folder, drawn = sys.argv[1], int(sys.argv[2])
 begin = time.perf_counter()
 opened = stream.Stream([folder], raw_length=513, stride=512, seed=0)
 plan = Plan(global_batch=8, micro_batch=8)
-with loader.Loader(opened, plan, Packing(), workers="thread") as batches:
+with loader.Loader(opened, plan, Causal(CausalConfig(), Setting(512)), workers="thread") as batches:
     first = next(batches.start(drawn // 8, drawn))
     print(json.dumps(time.perf_counter() - begin))
 """

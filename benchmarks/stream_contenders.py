@@ -58,16 +58,18 @@ def through_loader(dataset: Any, workers: int) -> Iterator[Any]:
 # --------------------------------------------------------------------------------------------------- ours
 
 
-def read_ours(folder: Path, workers: Any, **packing: bool) -> Iterator[Batch]:
+def read_ours(folder: Path, workers: Any, **treatment: bool) -> Iterator[Batch]:
     """This project's loader over a stream that was just opened: every document's checksum is still to be compared."""
     from shardwright.data.loader import Loader
     from shardwright.data.order import Plan
-    from shardwright.data.pack import Packing
     from shardwright.data.stream import Stream
+    from shardwright.objective.causal import Causal, CausalConfig
+    from shardwright.objective.setting import Setting
 
     stream = Stream([str(folder)], raw_length=RAW, stride=LENGTH, seed=0)
     plan = Plan(global_batch=BATCH, micro_batch=BATCH)
-    with Loader(stream, plan, Packing(**packing), workers=workers) as loader:
+    objective = Causal(CausalConfig(), Setting(LENGTH, **treatment))
+    with Loader(stream, plan, objective, workers=workers) as loader:
         for step in loader:
             yield step.micro_batches[0]
 

@@ -19,6 +19,7 @@ from shardwright.config import Strict, apply_override
 from shardwright.data.prepare.options import PrepareConfig
 from shardwright.launcher.cli import app
 from shardwright.model.families import FAMILIES
+from shardwright.objective.table import OBJECTIVES
 from shardwright.train.layout import build_facts
 from shardwright.train.preview import rank_memory
 from shardwright.train.settings import SCHEMA, read_config
@@ -43,6 +44,8 @@ def allowed(annotation: Any) -> str:
         return " or ".join(allowed(member) for member in get_args(annotation))
     if get_origin(annotation) is list:
         return f"list of {allowed(get_args(annotation)[0])}".replace("section", "sections")
+    if get_origin(annotation) is dict:
+        return "mapping"
     return WORDS.get(annotation, "section")
 
 
@@ -105,6 +108,10 @@ def reference() -> str:
             )
             sizes = (f"`{name}`: {', '.join(getattr(f.config, 'SIZES', {}))}" for name, f in FAMILIES.items())
             parts += ["### model", "Defaults by family.", "\n".join([head, *lines]), f"Sizes: {'; '.join(sizes)}."]
+        elif section == "objective":
+            parts += ["### objective", "By its name; [Objectives](objectives.md) says what each does."]
+            for name, (config, _) in OBJECTIVES.items():
+                parts += [f"#### {name}", "\n".join([HEAD, *rows(config, f"{section}.")])]
         elif isinstance(inner, type) and issubclass(inner, Strict):
             parts += [f"### {section}", "\n".join([HEAD, *rows(inner, f"{section}.")])]
     top = [row for row in rows(SCHEMA) if row.startswith("| `run` ")]

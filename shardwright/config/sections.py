@@ -24,6 +24,13 @@ class ObjectiveConfig(Strict):
     """What every objective shares; each objective subclasses it in its own file."""
 
     name: str
+    special_tokens: dict[str, Annotated[int, Field(ge=0)]] = meaning(
+        {}, "Ids of special tokens by use, as mask or cls; filled in at the start, checked where given"
+    )
+
+    def specials(self, length: int) -> tuple[str, ...]:
+        """Uses of special tokens that rows of `length` need; `sentinels:N` stands for N of them."""
+        return ()
 
 
 class SourceConfig(Strict):
@@ -41,6 +48,7 @@ class DataConfig(Strict):
     corpus: list[str] = meaning([], "sha256 of each source's manifest; filled in at the start, checked where given")
     tokenizer: str | None = meaning(None, "sha256 of the tokenizer; filled in at the start, checked where given")
     end_of_document: int | None = meaning(None, "Id of the token that ends a document; as `tokenizer`", ge=0)
+    vocab_size: int | None = free(None, "Tokens of the tokenizer; as `tokenizer`", ge=1)
     sources: list[SourceConfig] = meaning([], "Several prepared folders, mixed by weight")
     sequence_length: int = meaning(512, "Tokens of one training sequence", ge=2)
     lanes: int = meaning(64, "Independent reading positions the order is made of", ge=1)

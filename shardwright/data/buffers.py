@@ -1,18 +1,16 @@
-"""Memory for batches, used again once nobody holds it: fresh pages cost more than the packing that fills them.
+"""Memory for batches, used again once nobody holds it: fresh pages cost more than the work that fills them.
 
-Used by `pack`, `loader` and `workers`. Nobody has to hand anything back: an array is free when the pool's reference to
+Used by `loader` and `workers`. Nobody has to hand anything back: an array is free when the pool's reference to
 it is the only one left, and tensors and views made of it count as references.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-Empty = Callable[[tuple[int, ...], Any], np.ndarray]
 _KEPT = 8  # arrays of one shape and type: what is in use, in the queue and being filled
 
 

@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from shardwright.config import ConfigError
-from shardwright.data.buffers import BufferPool, Empty
+from shardwright.data.buffers import BufferPool
 from shardwright.data.order import Plan
-from shardwright.data.pack import Arrays
-from shardwright.data.stream import Sequences
 from shardwright.data.workers import WorkerPool
+from shardwright.objective.raw import Arrays, Empty
 
-# Tokens packed at a time: enough to spread numpy's cost for each call, little enough to stay in a core's cache.
-_PACK_TOKENS = 65536
+# Tokens corrupted at a time: enough to spread numpy's cost for each call, little enough to stay in a core's cache.
+_BLOCK_TOKENS = 65536
 # Numbers whose order is worked out at a time, over as many steps as they fill.
 _ORDER_SEQUENCES = 1024
 # Tokens that a worker sends at a time, over as many steps as they fill.
@@ -36,20 +35,23 @@ _CLOSE_WAIT_S = 5.0
 MicroBatch = dict[str, Tensor]
 
 
-class Pack(Protocol):
-    """What makes a batch of sequences: arrays whose first axis is the sequences', one of them `sequence`."""
+class Corrupts(Protocol):
+    """What makes a batch of sequences, as an objective does: arrays whose first axis is the sequences'."""
 
-    def __call__(self, sequences: Sequences, empty: Empty) -> Arrays: ...
+    @property
+    def neighbours(self) -> bool: ...
+    def corrupt(self, raw: Any, empty: Empty) -> Arrays: ...
 
 
 class SequenceReader(Protocol):
-    """What `Stream` and `ValidationStream` have in common."""
+    """What the readers of sequences and those of examples have in common."""
 
     @property
     def num_sequences(self) -> int | None: ...
     @property
     def raw_length(self) -> int: ...
-    def batches(self, numbers: np.ndarray, size: int) -> Iterator[Sequences]: ...
+    def neighbours(self, numbers: np.ndarray) -> np.ndarray: ...
+    def batches(self, numbers: np.ndarray, size: int) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -80,18 +82,26 @@ _Read = tuple[_Task, list[MicroBatch]]
 
 
 class Reader:
-    """Turns tasks into blocks of packed arrays. Picklable: a worker process holds one of its own."""
+    """Turns tasks into blocks of arrays. Picklable: a worker process holds one of its own."""
 
-    def __init__(self, stream: SequenceReader, pack: Pack) -> None:
-        self.stream, self.pack, self._buffers = stream, pack, BufferPool()
+    def __init__(self, stream: SequenceReader, objective: Corrupts) -> None:
+        self.stream, self.objective, self._buffers = stream, objective, BufferPool()
 
     def __call__(self, tasks: list[_Task]) -> Iterator[Arrays]:
         """The micro-batches of all tasks, one after the other, some whole number of them a block."""
         micro = tasks[0].share.shape[1]
-        size = micro * max(1, _PACK_TOKENS // (self.stream.raw_length * micro))
+        size = micro * max(1, _BLOCK_TOKENS // (self.stream.raw_length * micro))
         numbers = np.concatenate([task.share for task in tasks]).reshape(-1)
-        for sequences in self.stream.batches(numbers, size):
-            yield self.pack(sequences, self._buffers.empty)
+        for raw in self._given(numbers, size):
+            yield self.objective.corrupt(raw, self._buffers.empty)
+
+    def _given(self, numbers: np.ndarray, size: int) -> Iterator[Any]:
+        """`size` rows at a time, and after them as many neighbours where the objective wants these."""
+        if not self.objective.neighbours:
+            return self.stream.batches(numbers, size)
+        parts = (numbers[first : first + size] for first in range(0, len(numbers), size))
+        both = [rows for part in parts for rows in (part, self.stream.neighbours(part))]
+        return self.stream.batches(np.concatenate(both), 2 * size)
 
 
 def _steps(tasks: list[_Task], blocks: Iterable[Arrays]) -> Iterator[_Read]:
@@ -116,7 +126,7 @@ class Loader:
         self,
         stream: SequenceReader,
         plan: Plan,
-        pack: Pack,
+        objective: Corrupts,
         *,
         workers: int | Literal["thread"] = 0,
         prefetch: int = 2,
@@ -126,7 +136,7 @@ class Loader:
             raise ConfigError(f"data.workers={workers!r}: give a number of processes, 0 or 'thread'")
         self.stream, self.plan = stream, plan
         self.device = torch.device(device)
-        self._pack, self._workers, self._prefetch = pack, workers, max(1, prefetch)
+        self._objective, self._workers, self._prefetch = objective, workers, max(1, prefetch)
         self._pool: WorkerPool | None = None
         self._steps: Generator[_Read, None, None] | _Prefetched | None = None
 
@@ -140,7 +150,7 @@ class Loader:
         elif self._workers == "thread":
             self._steps = _Prefetched(self._read(tasks), self._prefetch)
         else:
-            self._pool = self._pool or WorkerPool(Reader(self.stream, self._pack), int(self._workers))
+            self._pool = self._pool or WorkerPool(Reader(self.stream, self._objective), int(self._workers))
             self._steps = _Prefetched(self._receive(self._pool, tasks), self._prefetch)
         return self
 
@@ -187,7 +197,9 @@ class Loader:
             self._pool = None
 
     def _read(self, tasks: Iterator[_Task]) -> Generator[_Read, None, None]:
-        reader = Reader(self.stream, self._pack)  # with buffers of its own: a thread left behind may still fill its
+        reader = Reader(
+            self.stream, self._objective
+        )  # with buffers of its own: a thread left behind may still fill its
         for group in _grouped(tasks, _ORDER_SEQUENCES):
             yield from _steps(group, reader(group))
 

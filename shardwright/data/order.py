@@ -18,31 +18,12 @@ from typing import NamedTuple
 import numpy as np
 
 from shardwright.config import ConfigError
+from shardwright.objective.chance import mix, scramble
 
 # What a hash is for; keeps the permutations of one seed apart.
 _SHARDS, _ROTATION, _BLOCK, _MIXTURE = 1, 2, 3, 4
 _ROUNDS = 3
 _EPOCHS_KEPT = 8
-
-Words = np.ndarray | int
-
-
-def mix(*words: Words) -> np.ndarray:
-    """64 hashed bits (uint64) of a tuple of integers or integer arrays, which broadcast; at least one-dimensional.
-
-    splitmix64's finaliser (Steele, Lea, Flood 2014) over the running state. Own code, because the order of a run must
-    outlive versions of numpy, whose generators may change their streams.
-    """
-    state = np.zeros(1, np.uint64)
-    for word in words:
-        state = _scramble((state ^ np.asarray(word).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
-    return state
-
-
-def _scramble(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
@@ -72,7 +53,7 @@ def _feistel(x: np.ndarray, rows: np.ndarray, columns: np.ndarray, key: np.ndarr
 
 def _shifted(half: np.ndarray, size: np.ndarray, key: np.ndarray, other: np.ndarray) -> np.ndarray:
     """half + hash(key, other) modulo size; the hash is scaled to [0, size) by multiplication, which beats division."""
-    bits = _scramble(key ^ (other.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03))) >> np.uint64(32)
+    bits = scramble(key ^ (other.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03))) >> np.uint64(32)
     moved = half + ((bits * size.astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
     return np.where(moved >= size, moved - size, moved)
 

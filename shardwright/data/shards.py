@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from shardwright.config import ConfigError
 from shardwright.data.manifest import (
     FORMAT,
     VERSION,
@@ -236,6 +237,7 @@ class Shard:
         self.document_bytes: np.ndarray = arrays["document_bytes"]  # int32 [n], UTF-8 bytes
         self.word_starts: np.ndarray | None = arrays.get("word_starts")  # int32, in tokens of the shard
         self.sentence_starts: np.ndarray | None = arrays.get("sentence_starts")
+        self._marks: dict[str, Any] = {"words": self.word_starts, "sentences": self.sentence_starts}
         self.dtype = DTYPES[self.facts["dtype"]]
         self._crcs = arrays["document_crc"]
         self._offsets = self.document_offsets.data  # gives Python integers, which is what bisect is quick with
@@ -279,6 +281,23 @@ class Shard:
         middle = self._member_stops[member]
         pieces = zip(self.read(start, middle), self.read(middle, stop), strict=True)
         return np.concatenate(next(pieces)), np.concatenate(next(pieces))
+
+    def check_marks(self, kinds: Sequence[str]) -> None:
+        """ConfigError unless the index says where each of `words`, `sentences` begins."""
+        for kind in kinds:
+            if self._marks[kind] is None:
+                raise ConfigError(
+                    f"{self.index_path}: does not say where {kind} start, which the objective needs; "
+                    "run `shardwright prepare` again with starts=true"
+                )
+
+    def marks(self, kind: str, start: int, stop: int) -> np.ndarray:
+        """Tokens of [start, stop) at which `words` or `sentences` begin, int32 ascending, a view of the index."""
+        self.check_marks((kind,))
+        starts = self._marks[kind]
+        places = starts.data  # gives Python integers, which is what bisect is quick with
+        first = bisect_left(places, start)
+        return starts[first : bisect_left(places, stop, first)]
 
     def verify(self) -> None:
         """Check every document now; ShardError names the first that differs."""

@@ -1,8 +1,8 @@
 """Sequences by number: `Stream` for training (endless, in the order of `order`), `ValidationStream` for evaluation.
 
 Random access is the whole interface: any set of numbers gives their tokens and where documents begin in them. Opening
-is lazy: manifests first (totals alone say where a number lies), a shard when one of its tokens is wanted. `pack` turns
-sequences into a batch, `loader` decides who reads which numbers and when.
+is lazy: manifests first (totals alone say where a number lies), a shard when one of its tokens is wanted. An objective
+turns sequences into a batch, `loader` decides who reads which numbers and when.
 
 Shapes: S sequences, R raw tokens of a sequence, E document starts found in them.
 """
@@ -21,6 +21,8 @@ from shardwright.data.manifest import ShardError
 from shardwright.data.order import Order, Places
 from shardwright.data.remote import ShardCache
 from shardwright.data.shards import DTYPES
+from shardwright.objective.chance import mix
+from shardwright.objective.raw import Marks, Pieces
 
 # Positions of a lane by which the shards that it will need are fetched ahead.
 _AHEAD = 256
@@ -42,6 +44,20 @@ class Sequences(NamedTuple):
     lengths: np.ndarray  # int64 [S], real tokens of each row: R, less at the end of a validation split, 0 for padding
     rows: np.ndarray  # int64 [E], ascending
     starts: np.ndarray  # int64 [E]: a document begins at tokens[rows, starts]
+    words: Marks | None = None  # where words and sentences begin, if asked for
+    sentences: Marks | None = None
+    pieces: Pieces | None = None  # which documents the rows are of, likewise
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an objective is told beside tokens and where documents begin."""
+
+    marks: tuple[str, ...] = ()  # of `words`, `sentences`
+    documents: bool = False  # which documents they are
+
+
+NOTHING = Wanted()
 
 
 @dataclass(frozen=True)
@@ -69,13 +85,16 @@ class TrainingSequence:
 class _Rows:
     """Gathers the pieces of sequences into one Sequences."""
 
-    def __init__(self, numbers: np.ndarray, raw_length: int, fill: int, dtype: np.dtype) -> None:
-        self.numbers, self.raw_length, self.fill = numbers, raw_length, fill
+    def __init__(self, numbers: np.ndarray, raw_length: int, fill: int, dtype: np.dtype, wanted: Wanted) -> None:
+        self.numbers, self.raw_length, self.fill, self.wanted = numbers, raw_length, fill, wanted
         self.tokens = np.empty((len(numbers), raw_length), dtype)
         self.lengths = np.zeros(len(numbers), np.int64)
         self.rows: list[int] = []
         self.shifts: list[int] = []  # what to subtract from a shard's offsets to count from the row's first token
         self.starts: list[np.ndarray] = []
+        self.shards: list[str] = []  # sha256 of what each piece is from
+        self.marks: dict[str, list[np.ndarray]] = {kind: [] for kind in wanted.marks}
+        self.plain = wanted == NOTHING
 
     def add(self, row: int, at: int, files: ShardFiles, number: int, start: int, stop: int) -> None:
         """Tokens [start, stop) of a shard stand at `at` of the row."""
@@ -83,16 +102,44 @@ class _Rows:
         self.rows.append(row)
         self.shifts.append(start - at)
         self.starts.append(starts)
+        if not self.plain:
+            self.add_wanted(files, number, start, stop)
+
+    def add_wanted(self, files: ShardFiles, number: int, start: int, stop: int) -> None:
+        """What is wanted beside the tokens that were added last."""
+        for kind, found in self.marks.items():
+            found.append(files.shard(number).marks(kind, start, stop))
+        self.shards.append(files.split.shards[number].sha256)
 
     def done(self) -> Sequences:
         for row in np.flatnonzero(self.lengths < self.raw_length).tolist():
             self.tokens[row, self.lengths[row] :] = self.fill
-        if not self.rows:
-            return Sequences(self.numbers, self.tokens, self.lengths, *np.empty((2, 0), np.int64))
+        starts = self._placed(self.starts)
+        inside = starts.starts >= 0  # the document that a row begins in began before it
+        return Sequences(
+            self.numbers,
+            self.tokens,
+            self.lengths,
+            starts.rows[inside],
+            starts.starts[inside],
+            pieces=self._pieces(starts) if self.wanted.documents else None,
+            **{kind: self._placed(found) for kind, found in self.marks.items()},
+        )
+
+    def _placed(self, found: list[np.ndarray]) -> Marks:
+        """Tokens of shards, a list for each piece that was added, as places in the rows."""
+        if not found:
+            return Marks(*np.empty((2, 0), np.int64))
+        counts = np.fromiter(map(len, found), np.int64, len(found))
+        return Marks(np.repeat(self.rows, counts), np.concatenate(found) - np.repeat(self.shifts, counts))
+
+    def _pieces(self, starts: Marks) -> Pieces:
+        """A document's name is a hash of its shard and of its place there."""
         counts = np.fromiter(map(len, self.starts), np.int64, len(self.starts))
-        starts = np.concatenate(self.starts) - np.repeat(self.shifts, counts)
-        inside = starts >= 0  # the document that a row begins in began before it
-        return Sequences(self.numbers, self.tokens, self.lengths, np.repeat(self.rows, counts)[inside], starts[inside])
+        shards = np.array([int(sha256[:12], 16) for sha256 in self.shards], np.int64)
+        shifts = np.repeat(np.array(self.shifts, np.int64), counts)
+        names = mix(np.repeat(shards, counts), starts.starts + shifts).astype(np.int64)
+        return Pieces(starts.rows, np.maximum(starts.starts, 0), names)
 
 
 class Stream:
@@ -114,13 +161,16 @@ class Stream:
         split: str = "train",
         cache: ShardCache | None = None,
         allow: Collection[str] = (),
+        wanted: Wanted = NOTHING,
     ) -> None:
-        """Read the manifests. `raw_length` and `stride` are the objective's; the rest of the numbers are the order's.
+        """Read the manifests. `raw_length`, `stride`, `wanted` are the objective's, the other numbers the order's.
 
-        ConfigError on sources that do not fit together or are too short, ShardError on a missing or foreign manifest.
+        ConfigError on sources that do not fit together, are too short or lack what is wanted, ShardError on a missing
+        or foreign manifest.
         """
         self.sources = [Source(source) if isinstance(source, str) else source for source in sources]
-        self.files = _open_sources(self.sources, split, cache, allow)
+        self.files = open_sources(self.sources, split, cache, allow, wanted)
+        self.wanted = wanted
         self.tokenizer: dict[str, Any] = self.files[0].manifest.tokenizer
         self._dtype = np.result_type(*(DTYPES[files.manifest.dtype] for files in self.files))
         self.raw_length, self.lanes = raw_length, lanes
@@ -146,6 +196,11 @@ class Stream:
         shares = self.order.quotas / self.order.period * drawn / self.lanes
         return {s.path: float(x / o.per_lane) for s, o, x in zip(self.sources, self.order.sources, shares, strict=True)}
 
+    def neighbours(self, numbers: np.ndarray) -> np.ndarray:
+        """Another sequence for each: its lane's at the next or last position, so that no other host's is read."""
+        k, lane = np.divmod(numbers, self.lanes)
+        return np.where(numbers < 0, numbers, (k ^ 1) * self.lanes + lane)
+
     def sequence(self, number: int) -> TrainingSequence:
         """Sequence `number`, read alone."""
         found = self.sequences(np.array([number]))
@@ -166,7 +221,7 @@ class Stream:
             yield _with_fresh_copies(self.files, self._sequences, numbers[part], Places(*places[:, part]))
 
     def _sequences(self, numbers: np.ndarray, places: Places) -> Sequences:
-        batch = _Rows(numbers, self.raw_length, int(self.tokenizer["end_of_document"]), self._dtype)
+        batch = _Rows(numbers, self.raw_length, int(self.tokenizer["end_of_document"]), self._dtype, self.wanted)
         real = numbers >= 0
         batch.lengths[real] = length = self.raw_length
         remote = any(files.remote for files in self.files)
@@ -182,6 +237,8 @@ class Stream:
                 batch.rows.append(row)
                 batch.shifts.append(offset)
                 batch.starts.append(starts)
+                if not batch.plain:
+                    batch.add_wanted(files, shard, offset, offset + length)
             else:
                 self._read_on(batch, row, files, self.order.sources[source].layout(epoch).shards, place, offset)
         if remote:
@@ -223,9 +280,12 @@ class ValidationStream:
         split: str = "validation",
         cache: ShardCache | None = None,
         allow: Collection[str] = (),
+        wanted: Wanted = NOTHING,
     ) -> None:
         """Read the manifests; the splits of several sources follow one another."""
-        self.files = _open_sources([Source(s) if isinstance(s, str) else s for s in sources], split, cache, allow)
+        given = [Source(s) if isinstance(s, str) else s for s in sources]
+        self.files = open_sources(given, split, cache, allow, wanted)
+        self.wanted = wanted
         self.tokenizer: dict[str, Any] = self.files[0].manifest.tokenizer
         self._dtype = np.result_type(*(DTYPES[files.manifest.dtype] for files in self.files))
         self.raw_length, self.lanes, self._stride = raw_length, 1, stride
@@ -240,12 +300,17 @@ class ValidationStream:
                 f"{self.files[0].manifest.root}: its {split} split is empty; prepare with a larger share of it"
             )
 
+    def neighbours(self, numbers: np.ndarray) -> np.ndarray:
+        """Another sequence for each, half the split away."""
+        count = self.num_sequences
+        return np.where(numbers < 0, numbers, (numbers + count // 2) % count)
+
     def sequences(self, numbers: np.ndarray) -> Sequences:
         """The sequences with these numbers (int64 [S], below num_sequences; -1 gives a padding row)."""
         return _with_fresh_copies(self.files, self._sequences, numbers)
 
     def _sequences(self, numbers: np.ndarray) -> Sequences:
-        batch = _Rows(numbers, self.raw_length, int(self.tokenizer["end_of_document"]), self._dtype)
+        batch = _Rows(numbers, self.raw_length, int(self.tokenizer["end_of_document"]), self._dtype, self.wanted)
         for row in np.flatnonzero(numbers >= 0).tolist():
             self._read(batch, row, int(numbers[row]) * self._stride - self._before)
         return batch.done()
@@ -285,9 +350,10 @@ def _listed(array: np.ndarray) -> list[Any]:
     return array.tolist()
 
 
-def _open_sources(
-    sources: Sequence[Source], split: str, cache: ShardCache | None, allow: Collection[str]
+def open_sources(
+    sources: Sequence[Source], split: str, cache: ShardCache | None, allow: Collection[str], wanted: Wanted
 ) -> list[ShardFiles]:
+    """The shards of every source; ConfigError where they do not fit together or lack what is wanted."""
     if not sources:
         raise ConfigError("data: no source; name a prepared folder with data.path=FOLDER (see `shardwright prepare`)")
     opened = [ShardFiles(source.path, split, cache, allow) for source in sources]
@@ -298,4 +364,8 @@ def _open_sources(
                 f"{files.manifest.root} and {first.root} were prepared with different tokenizers; "
                 "prepare one of them again with the other's tokenizer.json"
             )
+    for files in opened if wanted.marks else ():
+        filled = next((number for number, size in enumerate(files.sizes) if size), None)
+        if filled is not None:
+            files.shard(filled).check_marks(wanted.marks)  # now, rather than in the middle of the first step
     return opened

@@ -6,22 +6,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shardwright.config import Config, ConfigError
+from shardwright.data.examples import ExampleStream, ValidationExamples
 from shardwright.data.loader import Loader
 from shardwright.data.manifest import Manifest
 from shardwright.data.order import Plan
-from shardwright.data.pack import Packing
 from shardwright.data.remote import ShardCache, default_cache_folder, is_remote
-from shardwright.data.stream import Source, Stream, ValidationStream
+from shardwright.data.stream import Source, Stream, ValidationStream, Wanted
 from shardwright.data.tokenizers import Tokenizer, load_prepared
 from shardwright.log import get_logger, rank
-from shardwright.objective.causal import Causal
+from shardwright.model.families import FAMILIES
+from shardwright.objective.objective import Objective
+from shardwright.objective.setting import Setting
 from shardwright.objective.table import OBJECTIVES
 from shardwright.parallel.mesh import World
 from shardwright.parallel.precision import FORMATS, LossScaler, Masters, master_format
@@ -31,6 +33,7 @@ from shardwright.train.guard import SpikeDetector
 from shardwright.train.layout import build_masters, build_stages, product_format, wants_compile
 from shardwright.train.optim import build_optimizer
 from shardwright.train.schedule import BatchRamp
+from shardwright.train.specials import fit_special_tokens
 from shardwright.train.stages import Stages
 from shardwright.train.step import Masters as StepMasters
 from shardwright.train.step import Step
@@ -69,8 +72,9 @@ def fit_to_corpus(config: Config, corpus: Corpus) -> None:
     for source in config.data.sources:
         source.path = _absolute(source.path)
     _fit_tokenizer(config, corpus.tokenizer)
-    _fit_vocabulary(config, corpus.tokenizer.vocab_size)
+    _fit_vocabulary(config, fit_special_tokens(config, corpus.tokenizer))
     check_length(config)
+    check_objective(config)
     check_validation(config, corpus)
 
 
@@ -114,10 +118,12 @@ def _fit_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
     for key, given, found in (
         ("tokenizer", data.tokenizer, tokenizer.sha256),
         ("end_of_document", data.end_of_document, tokenizer.end_of_document),
+        ("vocab_size", data.vocab_size, tokenizer.vocab_size),
     ):
         if given not in (None, found):
             raise ConfigError(f"data.{key}={given}: the corpus was prepared with {found}; drop the key")
     data.tokenizer, data.end_of_document = tokenizer.sha256, tokenizer.end_of_document
+    data.vocab_size = tokenizer.vocab_size
 
 
 def _fit_vocabulary(config: Config, vocab_size: int) -> None:
@@ -126,7 +132,8 @@ def _fit_vocabulary(config: Config, vocab_size: int) -> None:
         model.vocab_size = vocab_size
     if model.vocab_size < vocab_size:
         raise ConfigError(
-            f"model.vocab_size={model.vocab_size}: the tokenizer has {vocab_size} tokens; use 0 or at least that many"
+            f"model.vocab_size={model.vocab_size}: the tokenizer and the objective's special tokens have {vocab_size} "
+            "ids; use 0 or at least that many"
         )
 
 
@@ -141,9 +148,35 @@ def check_length(config: Config) -> None:
         )
 
 
-def build_objective(config: Config) -> Causal:
-    """The objective of a config."""
-    return OBJECTIVES[config.objective.name][1](config.objective)  # type: ignore[arg-type]
+def check_objective(config: Config) -> None:
+    """ConfigError where the objective cannot train such a model."""
+    family, name = config.model.family, config.objective.name
+    kind = getattr(FAMILIES[family], "kind", "decoder")
+    if kind not in OBJECTIVES[name][1].trains:
+        fitting = [name for name, (_, other) in OBJECTIVES.items() if kind in other.trains]
+        raise ConfigError(
+            f"objective.name={name}: trains models of kind {' or '.join(OBJECTIVES[name][1].trains)}, "
+            f"model.family={family} is a {kind}; choose another family, or objective.name={' or '.join(fitting)}"
+        )
+
+
+def build_objective(config: Config, *, evaluation: bool = False) -> Objective:
+    """The objective of a config, for training or for the validation split."""
+    data = config.data
+    specials = dict(config.objective.special_tokens)
+    if data.end_of_document is not None:
+        specials["end"] = data.end_of_document
+    setting = Setting(
+        length=data.sequence_length,
+        seed=config.train.seed,
+        vocab_size=data.vocab_size or config.model.vocab_size,
+        specials=specials,
+        mask_documents=data.mask_documents,
+        reset_positions=data.reset_positions,
+        cross_document_targets=data.cross_document_targets,
+        evaluation=evaluation,
+    )
+    return OBJECTIVES[config.objective.name][1](config.objective, setting)
 
 
 def build_step(config: Config, world: World) -> Step:
@@ -190,28 +223,15 @@ def build_plan(config: Config, world: World, ramp: BatchRamp, excluded: Sequence
     )
 
 
-def build_packing(config: Config) -> Packing:
-    """How document boundaries are treated."""
-    data = config.data
-    return Packing(data.mask_documents, data.reset_positions, data.cross_document_targets)
-
-
 def build_loader(config: Config, world: World, ramp: BatchRamp) -> Loader:
     """Training batches of this rank, on its device."""
     data, objective = config.data, build_objective(config)
-    stream = Stream(
-        [Source(s.path, s.weight) for s in data.mixture()],
-        raw_length=objective.raw_length(data.sequence_length),
-        stride=objective.stride(data.sequence_length),
-        seed=config.train.seed,
-        lanes=data.lanes,
-        shuffle_block=data.shuffle_block,
-        **_access(config),
-    )
+    order = {"seed": config.train.seed, "lanes": data.lanes, "shuffle_block": data.shuffle_block}
+    reader: Any = ExampleStream if objective.supervised else Stream
     return Loader(
-        stream,
+        reader(**_reading(config, objective), **order),
         build_plan(config, world, ramp),
-        build_packing(config),
+        objective,
         workers=data.workers,
         prefetch=data.prefetch,
         device=world.device,
@@ -220,19 +240,23 @@ def build_loader(config: Config, world: World, ramp: BatchRamp) -> Loader:
 
 def build_validation(config: Config, world: World) -> Validation:
     """The validation split in its fixed order, on this device."""
-    data, objective = config.data, build_objective(config)
-    stream = ValidationStream(
-        [Source(s.path, s.weight) for s in data.mixture()],
-        raw_length=objective.raw_length(data.sequence_length),
-        stride=objective.stride(data.sequence_length),
-        **_access(config),
-    )
-    # Every token is predicted, whatever training leaves out: bits per byte are of the whole text.
-    packing = replace(build_packing(config), cross_document_targets=True)
-    return Validation(stream, packing, length=data.sequence_length, batch=config.evaluate.batch, world=world)
+    data, objective = config.data, build_objective(config, evaluation=True)
+    reader: Any = ValidationExamples if objective.supervised else ValidationStream
+    stream = reader(**_reading(config, objective))
+    return Validation(stream, objective, length=data.sequence_length, batch=config.evaluate.batch, world=world)
 
 
-def _access(config: Config) -> dict[str, Any]:
+def _reading(config: Config, objective: Objective) -> dict[str, Any]:
+    """What every reader of sequences or examples is told."""
     data, allow = config.data, tuple(config.data.allow)
     folder = Path(data.cache) if data.cache else default_cache_folder()
-    return {"cache": ShardCache(folder, int(data.cache_gib * 2**30), allow=allow), "allow": allow}
+    told = {
+        "sources": [Source(s.path, s.weight) for s in data.mixture()],
+        "raw_length": objective.raw_length(data.sequence_length),
+        "cache": ShardCache(folder, int(data.cache_gib * 2**30), allow=allow),
+        "allow": allow,
+    }
+    if objective.supervised:
+        return told
+    stride = objective.stride(data.sequence_length)
+    return {**told, "stride": stride, "wanted": Wanted(objective.marks, objective.neighbours)}

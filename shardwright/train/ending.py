@@ -35,14 +35,16 @@ class Ending:
 
     def conclude(self, step: int, tokens: int, figures: Mapping[str, Any]) -> Result:
         """The result by the figures of the last evaluation (none where nothing was kept back); rank 0 writes it."""
-        text = split_text(self.corpus.manifests, self.corpus.tokenizer) if figures and self.world.leads else None
+        bits = figures.get("val_bits_per_byte")
+        compared = bits is not None and self.world.leads
+        text = split_text(self.corpus.manifests, self.corpus.tokenizer) if compared else None
         result = Result(
             run=str(self.folder),
             step=step,
             tokens=tokens,
             stopped=False,
             val_loss=figures.get("val_loss"),
-            val_bits_per_byte=figures.get("val_bits_per_byte"),
+            val_bits_per_byte=bits,
             xz_bits_per_byte=xz_bits_per_byte(text) if text else None,
         )
         if self.world.leads:

@@ -13,15 +13,16 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from shardwright.data.examples import ValidationExamples
 from shardwright.data.loader import Loader
 from shardwright.data.manifest import Manifest
 from shardwright.data.order import Plan
-from shardwright.data.pack import Packing
 from shardwright.data.remote import is_remote
 from shardwright.data.shards import Shard
 from shardwright.data.stream import ValidationStream
 from shardwright.data.tokenizers import Tokenizer
 from shardwright.log import Bar, progress
+from shardwright.objective.objective import Objective
 from shardwright.parallel.mesh import World
 from shardwright.train.stages import Batch, Stages
 
@@ -33,8 +34,16 @@ BAR_SECONDS = 2.0
 class Validation:
     """A validation split as batches of a fixed shape, the same at every evaluation."""
 
-    def __init__(self, stream: ValidationStream, packing: Packing, *, length: int, batch: int, world: World) -> None:
-        self.stream, self.packing, self.length, self.batch, self.world = stream, packing, length, batch, world
+    def __init__(
+        self,
+        stream: ValidationStream | ValidationExamples,
+        objective: Objective,
+        *,
+        length: int,
+        batch: int,
+        world: World,
+    ) -> None:
+        self.stream, self.objective, self.length, self.batch, self.world = stream, objective, length, batch, world
 
     def batches(self, most: int | None = None, at_once: int = 1) -> Iterator[list[Batch]]:
         """This rank's batches, `at_once` at a time, until the split ends or one sequence more exceeds `most` tokens.
@@ -53,7 +62,7 @@ class Validation:
             data_size=ranks,
         )
         bar = late_progress(end * self.length, "tokens", "evaluate")
-        loader = Loader(self.stream, plan, self.packing, workers="thread", device=self.world.device)
+        loader = Loader(self.stream, plan, self.objective, workers="thread", device=self.world.device)
         with loader, bar as advance:
             for step in loader.start():
                 yield fill_up(step.micro_batches, at_once)
@@ -87,21 +96,22 @@ def late_progress(total: float, unit: str, description: str) -> Iterator[Callabl
 
 def fill_up(batches: Sequence[Batch], size: int) -> list[Batch]:
     """`size` batches: those given, then the last of them again with weights of zero."""
-    empty = {**batches[-1], "weights": torch.zeros_like(batches[-1]["weights"])}
+    empty = {n: torch.zeros_like(t) if n.endswith("weights") else t for n, t in batches[-1].items()}
     return [*batches, *[empty] * (size - len(batches))]
 
 
 def evaluate(
     stages: Stages, validation: Validation, most: int | None = None, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, float] | None:
-    """`val_loss`, `val_perplexity` and `val_bits_per_byte`; the host reads the device once, at the end.
+    """`val_loss` and `val_perplexity`, the loss of each term where there are several, and `val_bits_per_byte` where the
+    objective predicts every token; the host reads the device once, at the end.
 
     None where `stop`, asked before each batch and the same on every rank, says to leave.
     """
     world, device = stages.world, stages.world.device
     stages.train(False)
     stages.begin(torch.zeros((), dtype=torch.int64, device=device))
-    nats = torch.zeros((), dtype=torch.float64, device=device)
+    nats = torch.zeros(len(stages.objective.terms), dtype=torch.float64, device=device)
     targets = torch.zeros_like(nats)
     stopped = False
     for batches in validation.batches(most, stages.passes.at_once):
@@ -109,25 +119,30 @@ def evaluate(
         if stopped:
             break
         batches = [stages.cut(batch) for batch in batches]
-        nats += stages.passes.evaluate(batches).double().sum()
-        targets += stages.counts(batches).sum()
+        nats += stages.passes.evaluate(batches).double()
+        targets += stages.counts(batches)
     stages.train(True)
     if stopped:
         return None
     nats = world.sum(nats) / world.loss_copies
-    found = torch.stack([nats, targets]).tolist()
-    return _figures(found[0], found[1], validation)
+    sums, counts = torch.stack([nats, targets]).tolist()
+    return _figures(sums, counts, validation)
 
 
-def _figures(nats: float, targets: float, validation: Validation) -> dict[str, float]:
-    """The three numbers of an evaluation, from its sums."""
-    text_bytes = validation.text_bytes(targets)
-    loss = nats / max(targets, 1)
-    return {
-        "val_loss": loss,
-        "val_perplexity": math.exp(min(loss, 700)),
-        "val_bits_per_byte": nats / math.log(2) / max(text_bytes, 1),
+def _figures(nats: Sequence[float], targets: Sequence[float], validation: Validation) -> dict[str, float]:
+    """The numbers of an evaluation, from the sums of each term; perplexity is of the first."""
+    terms = validation.objective.terms
+    losses = {term: n / max(t, 1) for term, n, t in zip(terms, nats, targets, strict=True)}
+    first = next(iter(losses.values()))
+    figures = {
+        "val_loss": sum(weight * losses[term] for term, weight in terms.items()),
+        "val_perplexity": math.exp(min(first, 700)),
     }
+    if len(losses) > 1:
+        figures |= {f"val_{term}_loss": loss for term, loss in losses.items()}
+    if validation.objective.every_token:
+        figures["val_bits_per_byte"] = nats[0] / math.log(2) / max(validation.text_bytes(targets[0]), 1)
+    return figures
 
 
 def split_text(manifests: Sequence[Manifest], tokenizer: Tokenizer) -> bytes | None:

@@ -20,7 +20,7 @@ from shardwright.model.count import num_flops
 from shardwright.model.families import build_model
 from shardwright.model.init import apply_init, initial_value
 from shardwright.model.transformer import LanguageModel
-from shardwright.objective.causal import Causal
+from shardwright.objective.objective import Objective
 from shardwright.parallel.context import ContextRows, apply_context
 from shardwright.parallel.logical import Logical
 from shardwright.parallel.mesh import World
@@ -39,7 +39,7 @@ LAYOUT_KEYS = {"shard", "context", "ring", "tensor", "pipeline", "zero", "schedu
 SHARED = "embed.tokens"  # whose weight is the head's as well, where the model is tied
 
 
-def build_stages(config: Config, world: World, objective: Causal) -> Stages:
+def build_stages(config: Config, world: World, objective: Objective) -> Stages:
     """This rank's stages, ready to be run."""
     if world.mesh is None:
         model = build_model(config.model)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from shardwright.train.stages import Loop, LossModel, Stages
 def evaluate_run(path: str | Path, data: str | None = None) -> dict[str, float]:
     """Loss, perplexity and bits per byte of a run or checkpoint on its own validation split, or that of `data`.
 
-    In float32 and uncompiled. Beside them what xz needs for the same text, where it is one local source. ConfigError
+    In float32 and uncompiled. Beside bits per byte what xz needs for the text, if that is one local source. ConfigError
     where the run's own corpus is another now, or where a corpus was prepared with another tokenizer.
     """
     loaded = load(path)
@@ -31,7 +31,7 @@ def evaluate_run(path: str | Path, data: str | None = None) -> dict[str, float]:
     model = LossModel(loaded.model, build_objective(config), config.train.seed)
     answer = evaluate(Stages({0: model}, Loop(model), world), build_validation(config, world))
     assert answer is not None  # nobody asked it to stop
-    text = split_text(manifests, loaded.tokenizer)
+    text = split_text(manifests, loaded.tokenizer) if "val_bits_per_byte" in answer else None
     return answer if text is None else {**answer, "xz_bits_per_byte": xz_bits_per_byte(text)}
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.model.transformer import Inputs, LanguageModel
-from shardwright.objective.causal import Causal
 from shardwright.objective.cross_entropy import Head
+from shardwright.objective.heads import Heads
+from shardwright.objective.objective import Objective
 from shardwright.parallel.mesh import World
 from shardwright.parallel.zero import begin_micro_batch, reshard, sharded_modules
 
@@ -32,7 +33,7 @@ class LossModel(nn.Module):
     """
 
     def __init__(
-        self, model: LanguageModel, objective: Causal, seed: int, *, first: bool = True, last: bool = True
+        self, model: LanguageModel, objective: Objective, seed: int, *, first: bool = True, last: bool = True
     ) -> None:
         super().__init__()
         self.model, self.objective, self.seed = model, objective, seed
@@ -66,7 +67,7 @@ class LossModel(nn.Module):
             return hidden
         head = Head(self.model.head_weight, self.model.head_bias, self.model.config.logit_softcap)
         hidden, head = self.localize(hidden, head)
-        sums = self.objective.loss(hidden, head, batch, self.scales)
+        sums = self.objective.loss(hidden, Heads(head), batch, self.scales)
         # Divided before it is scaled: a sum times 65,536 overflows fp16 at once.
         return torch.stack([sums[t] if self.scales is None else sums[t] * self.scales[t] for t in self.objective.terms])
 

@@ -22,9 +22,18 @@ BuildFolder = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def build_folder() -> BuildFolder:
-    """`build_folder(folder, train=[shard, ...], validation=[...])`; a shard: documents without their end."""
+    """`build_folder(folder, train=[shard, ...], validation=[...])`; a shard: documents without their end.
 
-    def build(folder: Path, member_tokens: int = 300, dtype: str = "uint16", **splits: Sequence[Documents]) -> Path:
+    With `marked` every third token begins a word and every seventh a sentence.
+    """
+
+    def build(
+        folder: Path,
+        member_tokens: int = 300,
+        dtype: str = "uint16",
+        marked: bool = False,
+        **splits: Sequence[Documents],
+    ) -> Path:
         found = {}
         for split, shards in splits.items():
             infos = []
@@ -32,7 +41,8 @@ def build_folder() -> BuildFolder:
                 path = folder / shard_path(split, number)
                 writer = ShardWriter(path, dtype, TOKENIZER["sha256"], member_tokens, root=folder)
                 for document in documents:
-                    writer.add([*document, END], len(document))
+                    words, sentences = (range(0, len(document), n) if marked else None for n in (3, 7))
+                    writer.add([*document, END], len(document), words, sentences)
                 infos.append(writer.close())
             found[split] = SplitInfo.of(infos)
         Manifest(tokenizer=TOKENIZER, dtype=dtype, splits=found).save(folder)

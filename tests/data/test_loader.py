@@ -18,10 +18,12 @@ import torch
 from shardwright.config import ConfigError, RunError
 from shardwright.data.loader import Loader, StepBatch, to_device
 from shardwright.data.order import Plan
-from shardwright.data.pack import Packing
 from shardwright.data.shards import ShardError
 from shardwright.data.stream import Stream, ValidationStream
+from shardwright.objective.causal import Causal, CausalConfig
+from shardwright.objective.setting import Setting
 
+CAUSAL = Causal(CausalConfig(), Setting(32))
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = [3, 8, 5, 16, 7, 9, 70, 2]
 EXCLUDED = ((10, 14), (30, 31))
@@ -43,13 +45,13 @@ def plan(rank: int = 0, size: int = 1) -> Plan:
 @pytest.fixture(scope="module")
 def pooled(stream: Stream) -> Iterator[Loader]:
     """Two worker processes, started once."""
-    with Loader(stream, plan(), Packing(), workers=2, prefetch=3) as loader:
+    with Loader(stream, plan(), CAUSAL, workers=2, prefetch=3) as loader:
         yield loader
 
 
 def loaders(stream: Stream, pooled: Loader) -> Iterator[Loader]:
     for workers in (0, "thread"):
-        with Loader(stream, plan(), Packing(), workers=workers, prefetch=3) as loader:
+        with Loader(stream, plan(), CAUSAL, workers=workers, prefetch=3) as loader:
             yield loader
     yield pooled
 
@@ -64,7 +66,6 @@ def take(loader: Loader, steps: int) -> list[tuple]:
 
 
 def test_every_kind_of_worker_gives_the_same_batches(stream: Stream, pooled: Loader) -> None:
-    packing = Packing()
     for loader in loaders(stream, pooled):
         drawn = 0
         for step, batch in zip(range(12), loader.start(), strict=False):
@@ -73,7 +74,7 @@ def test_every_kind_of_worker_gives_the_same_batches(stream: Stream, pooled: Loa
             share = plan().share(drawn, len(numbers))
             assert len(batch.micro_batches) == len(share)
             for row, micro in zip(share, batch.micro_batches, strict=True):
-                wanted = packing(stream.sequences(row))
+                wanted = CAUSAL.corrupt(stream.sequences(row))
                 assert micro.keys() == wanted.keys()
                 for name, array in wanted.items():
                     assert micro[name].dtype == torch.from_numpy(array).dtype
@@ -91,8 +92,8 @@ def test_a_start_anywhere_gives_the_tail(stream: Stream, pooled: Loader) -> None
 
 
 def test_ranks_together_equal_one(stream: Stream) -> None:
-    alone = Loader(stream, plan(), Packing()).start()
-    ranks = [Loader(stream, plan(rank, 3), Packing(), workers="thread").start() for rank in range(3)]
+    alone = Loader(stream, plan(), CAUSAL).start()
+    ranks = [Loader(stream, plan(rank, 3), CAUSAL, workers="thread").start() for rank in range(3)]
     for _ in range(12):
         one, parts = next(alone), [next(loader) for loader in ranks]
         assert len({len(part.micro_batches) for part in parts}) == 1
@@ -141,7 +142,7 @@ def test_validation_ends(folder: Path, workers: int | str) -> None:
     stream = ValidationStream([str(folder)], raw_length=33, stride=32)
     seen, targets = [], 0.0
     for rank in range(2):
-        with Loader(stream, Plan(10, 5, lanes=1, data_rank=rank, data_size=2), Packing(), workers=workers) as loader:
+        with Loader(stream, Plan(10, 5, lanes=1, data_rank=rank, data_size=2), CAUSAL, workers=workers) as loader:
             batches = list(loader.start())
             assert len(batches) == -(-stream.num_sequences // 10)
             for micro in (micro for batch in batches for micro in batch.micro_batches):
@@ -168,7 +169,7 @@ def damaged(build_folder, tmp_path: Path) -> Path:
 def test_an_error_comes_out_where_its_batch_would(damaged: Path, workers: int | str) -> None:
     stream = Stream([str(damaged)], raw_length=9, stride=8, seed=0, lanes=2)
     good = []
-    with Loader(stream, Plan(2, 2, lanes=2), Packing(), workers=workers, prefetch=2) as loader:
+    with Loader(stream, Plan(2, 2, lanes=2), CAUSAL, workers=workers, prefetch=2) as loader:
         with pytest.raises(ShardError, match=r"00000\.tar: document 4 .* does not match its checksum"):
             for batch in loader:
                 good.append(batch.step)
@@ -176,7 +177,7 @@ def test_an_error_comes_out_where_its_batch_would(damaged: Path, workers: int | 
 
 
 def test_a_killed_worker_is_named(stream: Stream) -> None:
-    loader = Loader(stream, plan(), Packing(), workers=1, prefetch=1)
+    loader = Loader(stream, plan(), CAUSAL, workers=1, prefetch=1)
     next(loader.start())
     (victim,) = loader.worker_pids
     os.kill(victim, signal.SIGKILL)
@@ -189,7 +190,7 @@ def test_a_killed_worker_is_named(stream: Stream) -> None:
 
 
 def test_close_does_not_wait_for_a_worker_that_hangs(stream: Stream) -> None:
-    loader = Loader(stream, plan(), Packing(), workers=1, prefetch=1)
+    loader = Loader(stream, plan(), CAUSAL, workers=1, prefetch=1)
     next(loader.start())
     stuck = loader.worker_pids[0]
     os.kill(stuck, signal.SIGSTOP)
@@ -211,12 +212,13 @@ SCRIPT = """
     import sys, time
     from shardwright.data.loader import Loader
     from shardwright.data.order import Plan
-    from shardwright.data.pack import Packing
     from shardwright.data.stream import Stream
+    from shardwright.objective.causal import Causal, CausalConfig
+    from shardwright.objective.setting import Setting
 
     if __name__ == "__main__":
         stream = Stream([sys.argv[1]], raw_length=33, stride=32, seed=0, lanes=16)
-        loader = Loader(stream, Plan(8, 4, lanes=16), Packing(), workers=1).start()
+        loader = Loader(stream, Plan(8, 4, lanes=16), Causal(CausalConfig(), Setting(32)), workers=1).start()
         next(loader)
         print(*loader.worker_pids, flush=True)
         if sys.argv[2] == "stay":
@@ -243,7 +245,7 @@ def test_workers_end_with_their_parent(folder: Path, tmp_path: Path, ending: str
 
 
 def test_close_stops_a_thread_that_waits_for_room(stream: Stream) -> None:
-    loader = Loader(stream, plan(), Packing(), workers="thread", prefetch=1).start()
+    loader = Loader(stream, plan(), CAUSAL, workers="thread", prefetch=1).start()
     next(loader)
     loader.close()
     loader.close()
@@ -254,13 +256,13 @@ def test_close_stops_a_thread_that_waits_for_room(stream: Stream) -> None:
 def test_wrong_workers_are_refused(stream: Stream) -> None:
     for workers in (-1, "threads", 1.5):
         with pytest.raises(ConfigError, match="data.workers"):
-            Loader(stream, plan(), Packing(), workers=workers)  # type: ignore[arg-type]
+            Loader(stream, plan(), CAUSAL, workers=workers)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_arrive_on_the_gpu(stream: Stream) -> None:
-    loader = Loader(stream, plan(), Packing(), workers="thread", device="cuda").start()
-    on_cpu = Loader(stream, plan(), Packing()).start()
+    loader = Loader(stream, plan(), CAUSAL, workers="thread", device="cuda").start()
+    on_cpu = Loader(stream, plan(), CAUSAL).start()
     for _ in range(20):
         one, other = next(loader), next(on_cpu)
         assert {t.device.type for micro in one.micro_batches for t in micro.values()} == {"cuda"}

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwright.config import ConfigError
-from shardwright.data.order import Order, Plan, merge_ranges, mix, permute, quotas
+from shardwright.data.order import Order, Plan, merge_ranges, permute, quotas
+from shardwright.objective.chance import mix
 
 RANGES = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 40)).map(lambda r: (r[0], r[0] + r[1])), max_size=4)
 

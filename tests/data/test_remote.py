@@ -19,12 +19,14 @@ import pytest
 from shardwright.config import ConfigError
 from shardwright.data.loader import Loader
 from shardwright.data.order import Plan
-from shardwright.data.pack import Packing
 from shardwright.data.remote import Retry, ShardCache, check_member, join, read_bytes
 from shardwright.data.shards import Manifest, ShardError
 from shardwright.data.stream import Stream, ValidationStream
 from shardwright.data.tokenizers import load_prepared
+from shardwright.objective.causal import Causal, CausalConfig
+from shardwright.objective.setting import Setting
 
+CAUSAL = Causal(CausalConfig(), Setting(64))
 FAST = Retry(attempts=4, base_s=0.001, timeout_s=5)
 
 
@@ -272,7 +274,7 @@ def test_worker_processes_read_remote_shards(site: Site, cache: ShardCache, fold
     plan = Plan(8, 4, lanes=4)
     for info in Manifest.load(folder).split("train").shards:
         site.fail(f"/{info.path}", "drop inside")
-    with Loader(remote(site, cache), plan, Packing(), workers=1) as loader, Loader(local, plan, Packing()) as here:
+    with Loader(remote(site, cache), plan, CAUSAL, workers=1) as loader, Loader(local, plan, CAUSAL) as here:
         for _ in range(20):
             one, other = next(loader), next(here)
             for a, b in zip(one.micro_batches, other.micro_batches, strict=True):

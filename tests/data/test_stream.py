@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from shardwright.config import ConfigError
 from shardwright.data.shards import Manifest, ShardError, ShardInfo, SplitInfo, shard_path
-from shardwright.data.stream import Source, Stream, ValidationStream
+from shardwright.data.stream import Source, Stream, ValidationStream, Wanted
 
 END = 0
 
@@ -58,6 +58,74 @@ def test_sequences_equal_the_oracle(
         assert found.tokens[row].tolist() == tokens
         assert found.starts[found.rows == row].tolist() == starts
     assert (found.lengths == 13).all() and found.tokens.dtype == np.uint16
+
+
+WANTED = Wanted(("words", "sentences"), documents=True)
+
+
+def marks_of(documents: list[list[int]]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Tokens of documents one after the other, where words and sentences begin in them, and each token's document."""
+    tokens: list[int] = []
+    words: list[int] = []
+    sentences: list[int] = []
+    names: list[int] = []
+    for number, document in enumerate(documents):
+        words += range(len(tokens), len(tokens) + len(document), 3)
+        sentences += range(len(tokens), len(tokens) + len(document), 7)
+        tokens += [*document, END]
+        names += [number] * (len(document) + 1)
+    return tokens, words, sentences, names
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shards=st.lists(SHARD, min_size=1, max_size=5).filter(lambda s: sum(len(d) + 1 for x in s for d in x) >= 13),
+    seed=st.integers(0, 99),
+    member=st.integers(1, 60),
+)
+def test_words_sentences_and_documents_equal_the_oracle(
+    build_folder, tmp_path_factory: pytest.TempPathFactory, shards: list, seed: int, member: int
+) -> None:
+    folder = build_folder(tmp_path_factory.mktemp("c"), member_tokens=member, marked=True, train=shards)
+    stream = Stream([str(folder)], raw_length=13, stride=12, seed=seed, lanes=2, shuffle_block=3, wanted=WANTED)
+    numbers = np.arange(30)
+    found, places = stream.sequences(numbers), stream.order.locate(numbers)
+    plain = Stream([str(folder)], raw_length=13, stride=12, seed=seed, lanes=2, shuffle_block=3).sequences(numbers)
+    assert (plain.tokens == found.tokens).all() and plain.words is None and plain.pieces is None
+    assert found.words and found.sentences and found.pieces
+    known: dict[int, tuple[int, ...]] = {}
+    for row in range(len(numbers)):
+        layout = stream.order.sources[0].layout(int(places.epoch[row]))
+        order = [(shard, n, document) for shard in layout.shards.tolist() for n, document in enumerate(shards[shard])]
+        tokens, words, sentences, names = marks_of([document for *_, document in order])
+        at = [(layout.rotation + int(places.sequence[row]) * 12 + j) % len(tokens) for j in range(13)]
+        assert found.tokens[row].tolist() == [tokens[a] for a in at]
+        for mark, wanted in ((found.words, words), (found.sentences, sentences)):
+            assert mark.starts[mark.rows == row].tolist() == [j for j, a in enumerate(at) if a in wanted]
+        own = found.pieces.rows == row
+        begins = found.pieces.starts[own].tolist()
+        changes = [j for j, a in enumerate(at) if j == 0 or tokens[at[j - 1]] == END]
+        assert begins == changes
+        for begin, name in zip(begins, found.pieces.documents[own].tolist(), strict=True):
+            document = order[names[at[begin]]][:2]
+            text = tuple(order[names[at[begin]]][2])
+            assert known.setdefault(name, (*document, *text)) == (*document, *text) or text == known[name][2:]
+
+
+def test_shards_without_starts_are_refused_at_the_start(folder: Path) -> None:
+    for kind in ("words", "sentences"):
+        with pytest.raises(ConfigError, match=rf"00000\.idx: does not say where {kind} start.* with starts=true"):
+            Stream([str(folder)], raw_length=13, stride=12, seed=0, wanted=Wanted((kind,)))
+        with pytest.raises(ConfigError, match=rf"does not say where {kind} start"):
+            ValidationStream([str(folder)], raw_length=13, stride=12, wanted=Wanted((kind,)))
+
+
+def test_neighbours_are_of_the_same_lane(folder: Path) -> None:
+    stream = Stream([str(folder)], raw_length=65, stride=64, seed=0, lanes=8)
+    numbers = np.array([*range(200), -1])
+    others = stream.neighbours(numbers)
+    assert (others[:-1] % 8 == numbers[:-1] % 8).all() and (others[:-1] != numbers[:-1]).all() and others[-1] == -1
+    assert (stream.neighbours(others) == numbers).all()
 
 
 def test_any_access_gives_the_same(folder: Path) -> None:

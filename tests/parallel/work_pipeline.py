@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from shardwright.model.transformer import Inputs, LanguageModel, TransformerConfig
 from shardwright.objective.causal import Causal, CausalConfig
 from shardwright.objective.cross_entropy import Head
+from shardwright.objective.heads import Heads
+from shardwright.objective.setting import Setting
 from shardwright.parallel import pipeline as pipelines
 from shardwright.parallel.mesh import AXES
 from shardwright.parallel.pipeline import Pipeline, build_tied_group, check_tied, copy_tied, sum_tied
@@ -49,7 +51,7 @@ class Stage(nn.Module):
 
     def __init__(self, model: LanguageModel, *, last: bool = True) -> None:
         super().__init__()
-        self.model, self.last, self.objective = model, last, Causal(CausalConfig())
+        self.model, self.last, self.objective = model, last, Causal(CausalConfig(), Setting(LENGTH))
         self.scale: Tensor | None = None
         self.calls = 0
 
@@ -61,9 +63,9 @@ class Stage(nn.Module):
         hidden = self.model.hidden(inputs, x if x.is_floating_point() else None)
         if not self.last:
             return hidden
-        head = Head(self.model.head_weight, self.model.head_bias)
+        heads = Heads(Head(self.model.head_weight, self.model.head_bias))
         scales = None if self.scale is None else {"lm": self.scale}
-        total = self.objective.loss(hidden, head, batch, scales)["lm"]
+        total = self.objective.loss(hidden, heads, batch, scales)["lm"]
         return torch.stack([total if self.scale is None else total * self.scale])
 
 

@@ -15,7 +15,7 @@ from shardwright.config import Config, ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from shardwright.objective.causal import Causal
+    from shardwright.objective.objective import Objective
     from shardwright.parallel.mesh import World
     from shardwright.train.stages import Stages
     from shardwright.train.step import Masters
@@ -43,7 +43,7 @@ def check_engine(config: Config) -> None:
         check_accelerate(config)
 
 
-def build_engine(config: Config, world: World, objective: Causal) -> Built:
+def build_engine(config: Config, world: World, objective: Objective) -> Built:
     """Stages, masters and optimizer of a config whose engine is not the native one. Every rank has to call it."""
     if config.engine == "deepspeed":
         from shardwright.train.engines.deepspeed import build

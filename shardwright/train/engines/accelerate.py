@@ -22,7 +22,7 @@ from shardwright.config import Config, ConfigError
 from shardwright.log import get_logger
 from shardwright.model.families import build_model
 from shardwright.model.init import apply_init
-from shardwright.objective.causal import Causal
+from shardwright.objective.objective import Objective
 from shardwright.parallel.logical import Logical
 from shardwright.parallel.mesh import World
 from shardwright.parallel.precision import FORMATS, Masters, master_format
@@ -93,7 +93,7 @@ def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
 
 
-def build(config: Config, world: World, objective: Causal) -> Built:
+def build(config: Config, world: World, objective: Objective) -> Built:
     """The wrapped model with its first weights. Every rank has to call it."""
     accelerator = _accelerator(world)
     model = build_model(config.model)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from shardwright.config import Config, ConfigError
 from shardwright.model.families import build_model
 from shardwright.model.init import apply_init, initial_value
-from shardwright.objective.causal import Causal
+from shardwright.objective.objective import Objective
 from shardwright.parallel.logical import Logical
 from shardwright.parallel.mesh import World, choose_device
 from shardwright.train.engines import Built
@@ -67,7 +67,7 @@ def _check_nvme(config: Config) -> None:
         )
 
 
-def build(config: Config, world: World, objective: Causal) -> Built:
+def build(config: Config, world: World, objective: Objective) -> Built:
     """The engine around a model with its first weights. Every rank has to call it."""
     deepspeed = _load(world.device)
     from shardwright.train.engines.deepspeed_config import engine_config

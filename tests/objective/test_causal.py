@@ -1,4 +1,4 @@
-"""Packing against a slow oracle that looks at one token at a time, and the promise that documents do not meet."""
+"""Causal batches against a slow oracle of one token at a time, and the promise that documents do not meet."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.data.buffers import BufferPool
-from shardwright.data.pack import Arrays, Packing
 from shardwright.data.stream import Sequences, Stream, ValidationStream
+from shardwright.objective.causal import Causal, CausalConfig
+from shardwright.objective.raw import Arrays
+from shardwright.objective.setting import Setting
 
 END = 0
 
 
-def oracle(sequences: Sequences, packing: Packing) -> dict[str, list]:
-    """Token by token, as the docstring of pack.py says it."""
+def causal(**treatment: bool) -> Causal:
+    return Causal(CausalConfig(), Setting(0, **treatment))
+
+
+def oracle(sequences: Sequences, setting: Setting) -> dict[str, list]:
+    """Token by token, as the docstring of causal.py says it."""
     batch, length = sequences.tokens.shape[0], sequences.tokens.shape[1] - 1
     found: dict[str, list] = {
         name: [[0] * length for _ in range(batch)]
@@ -30,13 +36,13 @@ def oracle(sequences: Sequences, packing: Packing) -> dict[str, list]:
             target_begins = t + 1 in starts
             if t and target_begins:
                 document, position = document + 1, 0
-            counts = t + 1 < sequences.lengths[row] and (packing.cross_document_targets or not target_begins)
+            counts = t + 1 < sequences.lengths[row] and (setting.cross_document_targets or not target_begins)
             found["input_ids"][row][t], found["labels"][row][t] = raw[t], raw[t + 1]
             found["weights"][row][t] = float(counts)
-            found["position_ids"][row][t] = position if packing.reset_positions else t
+            found["position_ids"][row][t] = position if setting.reset_positions else t
             found["documents"][row][t] = document
             position += 1
-    if not packing.mask_documents:
+    if not setting.mask_documents:
         del found["documents"]
     return {**found, "sequence": sequences.numbers.tolist()}
 
@@ -60,13 +66,20 @@ def sequences(draw: st.DrawFn) -> Sequences:
 
 @given(sequences(), st.booleans(), st.booleans(), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_packing_equals_the_oracle(found: Sequences, mask: bool, reset: bool, cross: bool) -> None:
-    packing = Packing(mask_documents=mask, reset_positions=reset, cross_document_targets=cross)
-    assert lists(packing(found)) == oracle(found, packing)
+def test_batches_equal_the_oracle(found: Sequences, mask: bool, reset: bool, cross: bool) -> None:
+    objective = causal(mask_documents=mask, reset_positions=reset, cross_document_targets=cross)
+    assert lists(objective.corrupt(found)) == oracle(found, objective.setting)
+    assert objective.count({"weights": torch.ones(3)})["lm"] == 3
+
+
+def test_an_evaluation_counts_every_target(folder: Path) -> None:
+    found = Stream([str(folder)], raw_length=65, stride=64, seed=0).sequences(np.arange(20))
+    kinds = [causal(cross_document_targets=False, evaluation=e).corrupt(found)["weights"] for e in (False, True)]
+    assert kinds[0].sum() < kinds[1].sum() == kinds[1].size
 
 
 def test_types_and_memory(folder: Path) -> None:
-    arrays = Packing()(Stream([str(folder)], raw_length=65, stride=64, seed=0).sequences(np.array([4, -1])))
+    arrays = causal().corrupt(Stream([str(folder)], raw_length=65, stride=64, seed=0).sequences(np.array([4, -1])))
     assert {name: str(a.dtype) for name, a in arrays.items()} == {
         "input_ids": "int64",
         "labels": "int64",
@@ -82,8 +95,8 @@ def test_types_and_memory(folder: Path) -> None:
 def test_real_text_loses_no_target_and_crosses_no_document(folder: Path) -> None:
     stream = Stream([str(folder)], raw_length=129, stride=128, seed=0, lanes=8)
     found = stream.sequences(np.arange(100))
-    arrays = Packing()(found)
-    assert lists(arrays) == oracle(found, Packing())
+    arrays = causal().corrupt(found)
+    assert lists(arrays) == oracle(found, causal().setting)
     assert arrays["weights"].min() == 1
     # A document changes exactly after an end-of-document input: that token is the begin token of what follows.
     ends = arrays["input_ids"] == END
@@ -93,7 +106,7 @@ def test_real_text_loses_no_target_and_crosses_no_document(folder: Path) -> None
     # An end of document is a target of its own document.
     inner = (arrays["labels"] == END)[:, :-1]
     assert (np.diff(arrays["documents"], axis=1)[inner] == 1).all()
-    strict = Packing(cross_document_targets=False)(found)
+    strict = causal(cross_document_targets=False).corrupt(found)
     assert (strict["weights"] == 0).sum() == ends.sum()
 
 
@@ -101,20 +114,7 @@ def test_real_text_loses_no_target_and_crosses_no_document(folder: Path) -> None
 def test_validation_predicts_every_token_exactly_once(folder: Path, texts: list[list[int]], length: int) -> None:
     stream = ValidationStream([str(folder)], raw_length=length + 1, stride=length)
     wanted = [token for document in texts[200::2] + texts[201::2] for token in [*document, END]]
-    arrays = Packing()(stream.sequences(np.array([*range(stream.num_sequences), -1, -1])))
+    arrays = causal().corrupt(stream.sequences(np.array([*range(stream.num_sequences), -1, -1])))
     assert arrays["labels"][arrays["weights"] > 0].tolist() == wanted
     assert arrays["weights"].sum() == stream.num_tokens
     assert arrays["input_ids"][0, 0] == END
-
-
-def test_buffers_are_used_again_once_dropped() -> None:
-    pool = BufferPool()
-    first = pool.empty((4, 5), np.int64)
-    view = first.reshape(-1)[2:]
-    address = first.ctypes.data
-    del first
-    second = pool.empty((4, 5), np.int64)
-    assert second.ctypes.data != address  # a view still holds the first
-    del view
-    assert pool.empty((4, 5), np.int64).ctypes.data == address
-    assert pool.empty((4, 5), np.int32).dtype == np.int32
