@@ -132,8 +132,8 @@ def _fit_vocabulary(config: Config, vocab_size: int) -> None:
         model.vocab_size = vocab_size
     if model.vocab_size < vocab_size:
         raise ConfigError(
-            f"model.vocab_size={model.vocab_size}: the tokenizer and the objective's special tokens have {vocab_size} "
-            "ids; use 0 or at least that many"
+            f"model.vocab_size={model.vocab_size}: the tokenizer has {vocab_size} tokens, what the objective adds "
+            "included; use 0 or at least that many"
         )
 
 
