@@ -1,13 +1,13 @@
 """Examples by number: a source and what belongs to it, for supervised objectives; beside `stream`, over such shards.
 
-In a folder of examples (`write_examples`) documents come in twos: document 2k is the k-th source, 2k + 1 its target, a
-text or labels. The order is that of the stream with examples in the place of tokens, so lanes, mixtures, epochs and
+In a folder of examples (prepare/examples.py) documents come in twos: document 2k is the k-th source, 2k + 1 its target,
+a text or labels. The order is that of the stream with examples in the place of tokens, so lanes, mixtures, epochs and
 resume are the same. Shapes: S examples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from shardwright.data.stream import NOTHING, Source, open_sources
 from shardwright.data.tokenizers import Tokenizer
 from shardwright.objective.raw import Ragged
 
-KIND = "examples"  # what a manifest's recipe says a folder holds
+_TARGETS = ("target_field", "class_field")  # of a recipe, one of which is given where a folder holds examples
 
 
 class Examples(NamedTuple):
@@ -50,10 +50,10 @@ class _Reader:
         self.tokenizer: dict[str, Any] = self.files[0].manifest.tokenizer
         self.raw_length = raw_length
         for files in self.files:
-            if not isinstance(files.manifest.recipe, dict) or files.manifest.recipe.get("kind") != KIND:
+            if not any(map(files.manifest.recipe.get, _TARGETS)):
                 raise ConfigError(
                     f"{files.manifest.root}: holds texts, the objective needs examples of a source and a target; "
-                    "write them with shardwright.data.examples.write_examples"
+                    "prepare JSON lines with target_field= or class_field="
                 )
 
     def neighbours(self, numbers: np.ndarray) -> np.ndarray:
@@ -161,18 +161,19 @@ def _ragged(lists: Sequence[np.ndarray]) -> Ragged:
 
 def write_examples(
     folder: str | Path,
-    splits: dict[str, Iterable[tuple[Sequence[int], Sequence[int]]]],
+    splits: Mapping[str, Iterable[tuple[Sequence[int], Sequence[int]]]],
     tokenizer: Tokenizer,
     shard_tokens: int = 2**22,
+    facts: dict[str, Any] | None = None,
 ) -> Manifest:
     """Write examples (ids of a source, ids or labels of its target) as a prepared folder; `splits` by name.
 
-    A folder that training can use has `train` and `validation`.
+    A folder that training can use has `train` and `validation`. `facts` go into the manifest.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / tokenizer.file)
-    facts = {
+    vocabulary = {
         "file": tokenizer.file,
         "sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
@@ -181,8 +182,8 @@ def write_examples(
     found = {
         split: SplitInfo.of(_write(folder, split, rows, tokenizer, shard_tokens)) for split, rows in splits.items()
     }
-    manifest = Manifest(tokenizer=facts, dtype=tokenizer.dtype.name, splits=found, recipe={"kind": KIND})
-    manifest.save(folder)
+    facts = facts or {"recipe": {"target_field": "target"}}
+    Manifest(tokenizer=vocabulary, dtype=tokenizer.dtype.name, splits=found, **facts).save(folder)
     return Manifest.load(folder)
 
 

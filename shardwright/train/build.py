@@ -65,6 +65,7 @@ def build_corpus(config: Config) -> Corpus:
 
 def fit_to_corpus(config: Config, corpus: Corpus) -> None:
     """Fill in vocabulary, tokenizer and corpora, make paths absolute, and check that model and data agree."""
+    check_objective(config)
     check_corpus(config, corpus.manifests)
     config.data.corpus = [manifest.sha256 for manifest in corpus.manifests]
     if config.data.path is not None:
@@ -74,7 +75,6 @@ def fit_to_corpus(config: Config, corpus: Corpus) -> None:
     _fit_tokenizer(config, corpus.tokenizer)
     _fit_vocabulary(config, fit_special_tokens(config, corpus.tokenizer))
     check_length(config)
-    check_objective(config)
     check_validation(config, corpus)
 
 
