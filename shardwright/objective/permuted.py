@@ -46,6 +46,8 @@ class PermutedConfig(ObjectiveConfig):
 class Permuted(Objective[Raw]):
     """One term, over the predicted places."""
 
+    trains = ("two-stream",)
+
     def __init__(self, config: PermutedConfig, setting: Setting) -> None:
         super().__init__(config, setting)
         self.config = config

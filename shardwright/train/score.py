@@ -18,7 +18,7 @@ from shardwright.train.stages import Loop, Stages
 def evaluate_run(path: str | Path, data: str | None = None) -> dict[str, float]:
     """Loss, perplexity and bits per byte of a run or checkpoint on its own validation split, or that of `data`.
 
-    In float32 and uncompiled. Beside bits per byte what xz needs for the same text, if that is one local source. ConfigError
+    In float32 and uncompiled. Beside bits per byte what xz needs for the text, if that is one local source. ConfigError
     where the run's own corpus is another now, or where a corpus was prepared with another tokenizer.
     """
     loaded = load(path)
