@@ -43,6 +43,7 @@ class ElectraConfig(EncoderConfig):
         "large": {"layers": 24, "width": 1024, "heads": 16, "generator_width": 256},
     }
 
+    kind: ClassVar[str] = "generator and discriminator"
     family: Literal["electra"] = meaning("electra", "Model family")
     generator_layers: int | None = meaning(
         None, "Blocks of the generator; null is as many as the stack's, 0 none", ge=0

@@ -41,7 +41,7 @@ FIXED: dict[str, Any] = {
 class XLNetConfig(TransformerConfig):
     """XLNet's choices; its sizes are BERT's."""
 
-    kind: ClassVar[str] = "encoder"
+    kind: ClassVar[str] = "two-stream"
     causal: ClassVar[bool] = False
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {
         "base": {"layers": 12, "width": 768, "heads": 12},
