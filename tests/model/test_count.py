@@ -156,7 +156,7 @@ def test_flops_equal_the_counter(family: str, fields: dict[str, object]) -> None
 
 
 def test_flops_of_two_streams_equal_the_counter() -> None:
-    config, length, predicted = make("xlnet"), 48, 12
+    config, length, predicted = make("xlnet"), 48, 16
     model, ids = build_model(config), torch.randint(0, 101, (2, length))
     places = torch.arange(predicted).expand(2, -1) * 3
     order = torch.zeros_like(ids).scatter_(1, places, 1 + places)
