@@ -122,6 +122,11 @@ def comparable(config: Config, number_format: str) -> tuple[Config, Config]:
     if number_format not in FORMATS:
         raise ConfigError(f"--format={number_format}: expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     wanted = config.precision.compute if number_format == "config" else number_format
+    if number_format == "fp64" and config.engine != "native":
+        raise ConfigError(
+            f"--format=fp64: engine={config.engine} has no float64; nearest that works: --format=fp32, which holds "
+            "it against one process in float32, or --format=fp64 with engine=native"
+        )
     train = config.train
     changed: dict[str, object] = {"compile": train.compile is True}  # where the config asks for it, not by itself
     if train.budget is not None:
