@@ -46,6 +46,7 @@ from shardwright.train.folder import CHECKPOINTS, FolderLock, find_run_folder, o
 from shardwright.train.guard import DelayedRead
 from shardwright.train.layout import build_facts
 from shardwright.train.metrics import record_start
+from shardwright.train.optim.apex import check_apex
 from shardwright.train.position import Position, apply_tensors, checkpoint_tensors
 from shardwright.train.preview import batch_equation
 from shardwright.train.profile import StepProfiler
@@ -73,6 +74,7 @@ def train(config: Config, tell_stall: Tell | None = None) -> Result:
     facts = build_facts(config, world_size())
     check_layout(facts)
     check_engine(config)
+    check_apex(config)
     with (
         join_world(config.train.device, config.train.threads, config.parallel) as world,
         lingering(world.size),

@@ -44,6 +44,7 @@ from shardwright.train.course import Course
 from shardwright.train.engines import check_engine
 from shardwright.train.layout import build_facts
 from shardwright.train.optim import Muon
+from shardwright.train.optim.apex import check_apex
 from shardwright.train.position import Position
 from shardwright.train.signals import lingering
 from shardwright.train.step import GivesCopies, Outcome, Step
@@ -73,6 +74,7 @@ def verify(
     facts = build_facts(spread, world_size())
     check_layout(facts)
     check_engine(spread)
+    check_apex(spread)
     steps, bounds = min(steps, Course(spread).steps or steps), BOUNDS[spread.precision.compute]
     begin = time.monotonic()
     with (
