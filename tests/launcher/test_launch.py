@@ -122,6 +122,16 @@ def test_ranks_that_end_by_the_signal_for_a_returning_host_are_no_loss():
     assert supervisor._conclude(attempt) is None
 
 
+@pytest.mark.parametrize(("code", "ends"), [(2, 2), (1, None), (-signal.SIGKILL, None)])
+def test_a_refusal_is_not_started_again(code, ends):
+    supervisor = Supervisor(build_job(CONFIG, [], Options()))
+    attempt = Attempt([Link(host, SimpleQueue(), []) for host in supervisor.job.hosts])
+    rank = {"rank": 0, "local_rank": 0, "pid": 7, "code": code}
+    attempt.ended[attempt.links[0]] = {"code": 1, "ours": False, "stopped": 0, "first": 0, "failures": {"0": rank}}
+    assert supervisor._conclude(attempt) == ends
+    assert supervisor.restarts == (ends is None)
+
+
 def test_a_signal_before_ranks_are_started_ends_the_launch():
     job = build_job(CONFIG, [], Options())
     supervisor = Supervisor(job)

@@ -430,7 +430,7 @@ def test_a_second_process_is_kept_out_of_a_run_folder(tiny, tmp_path):
     process = _start(path)
     try:
         _wait_for(lambda: len(losses(config.run)) >= 2, process)
-        with pytest.raises(RunError, match=f"{config.run}: process {process.pid} trains in it; wait for it or stop it"):
+        with pytest.raises(ConfigError, match=f"{config.run}: process {process.pid} trains in it; wait for it or"):
             train(config)
     finally:
         process.kill()
