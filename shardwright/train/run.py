@@ -7,6 +7,7 @@ all ranks share; the loop only walks. State that a restart needs is `Position` a
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -63,10 +64,11 @@ LAST_SAVE_S = 30.0  # for a save in flight while a step fails: its checkpoint is
 log = get_logger()
 
 
-def train(config: Config, tell_stall: Tell | None = None) -> Result:
+def train(config: Config, tell_stall: Tell | None = None, settled: Callable[[], None] | None = None) -> Result:
     """Train as `config` says, from the newest whole checkpoint of its run folder if there is one.
 
-    `tell_stall` writes the page of a run that stands still; a text without it.
+    `tell_stall` writes the page of a run that stands still; a text without it. `settled` is called once all is saved
+    and the result is known, before what was opened is closed.
     Raises ConfigError for what the user has to mend and RunError where the run cannot go on.
     """
     corpus = build_corpus(config)
@@ -78,7 +80,8 @@ def train(config: Config, tell_stall: Tell | None = None) -> Result:
     with (
         join_world(config.train.device, config.train.threads, config.parallel) as world,
         lingering(world.size),
-        Signals() as signals,  # around what follows: who reports a lost rank is not stopped by the launcher's SIGTERM
+        # Around what follows: who reports a lost rank is not stopped by the launcher's SIGTERM.
+        Signals(settled) as signals,
         watch_peers(world),
         open_ranks() as ranks,
         FolderLock() as lock,
@@ -442,6 +445,7 @@ class Run:
         result = None if self.stopped else self._conclude(step, tokens)
         with self.watch.during("save"):
             self.writer.wait()
+        self.signals.settle()
         if result is None:
             reason = self.signals.received or "a rank"
             log.info("stopped by %s after step %d, all saved; the same command goes on", reason, step)
