@@ -283,6 +283,7 @@ class Run:
 
     def _after_step(self) -> None:
         config, step = self.config, self.position.step
+        self.writer.check()
         due_log = step == 1 or _due(step, config.log.every)
         due_eval = _due(step, config.evaluate.every) and not self._is_done()
         due_save = _due(step, config.checkpoint.every)
