@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from shardwright.config import ConfigError, RunError
+from shardwright.launcher.attempt import Attempt
 from shardwright.launcher.hosts import Host, Link, keeper_command, read_hosts
 from shardwright.launcher.launch import Options, build_hosts, build_job, launch, passed_on
 from shardwright.launcher.network import bind, choose_interface, find_route, find_way_out
-from shardwright.launcher.supervise import Attempt, Supervisor, _Stopped, first_code, how
+from shardwright.launcher.supervise import Supervisor, _Stopped
+from shardwright.launcher.words import first_code, how
 from shardwright.launcher.world import Place
 
 CONFIG = "debug/gpt2"
