@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from shardwright.config.fields import ConfigError, Strict, free, meaning, parse_duration, without_secret
+from shardwright.config.fields import ConfigError, Strict, free, meaning, parse_duration
 
 
 class ModelConfig(Strict):
@@ -31,7 +31,6 @@ class SourceConfig(Strict):
 
     path: str = free(..., "Prepared folder or URL that holds a manifest.json")
     weight: float = meaning(1.0, "Share of the mixture, relative to the other sources", gt=0)
-    _no_secret = field_validator("path")(without_secret)
 
 
 class DataConfig(Strict):
@@ -57,7 +56,6 @@ class DataConfig(Strict):
     allow: list[Literal["pipe", "pickle"]] = free(
         [], "Shard kinds that run code, refused unless named: 'pipe', 'pickle'"
     )
-    _no_secret = field_validator("path")(without_secret)
 
     @model_validator(mode="after")
     def _one_way_to_name_it(self) -> DataConfig:

@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 import yaml
 
+from shardwright.launcher.attempt import Job
 from shardwright.launcher.hosts import SSH, Host
-from shardwright.launcher.supervise import Job, Supervisor
+from shardwright.launcher.supervise import Supervisor
 from shardwright.train.metrics import read_metrics
 from tests import netns
 from tests.equivalence.cells import LOSS, relative

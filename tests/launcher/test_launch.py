@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from shardwright.config import ConfigError, RunError
+from shardwright.launcher.attempt import Attempt
 from shardwright.launcher.hosts import Host, Link, keeper_command, read_hosts
 from shardwright.launcher.launch import Options, build_hosts, build_job, launch, passed_on
 from shardwright.launcher.network import bind, choose_interface, find_route, find_way_out
-from shardwright.launcher.supervise import Attempt, Supervisor, _Stopped, first_code, how
+from shardwright.launcher.supervise import Supervisor, _Stopped
+from shardwright.launcher.words import first_code, how
 from shardwright.launcher.world import Place
 
 CONFIG = "debug/gpt2"
@@ -120,6 +122,16 @@ def test_ranks_that_end_by_the_signal_for_a_returning_host_are_no_loss():
     assert supervisor._conclude(attempt) == 1
     attempt.asked = "the return of a host"
     assert supervisor._conclude(attempt) is None
+
+
+@pytest.mark.parametrize(("code", "ends"), [(2, 2), (1, None), (-signal.SIGKILL, None)])
+def test_a_refusal_is_not_started_again(code, ends):
+    supervisor = Supervisor(build_job(CONFIG, [], Options()))
+    attempt = Attempt([Link(host, SimpleQueue(), []) for host in supervisor.job.hosts])
+    rank = {"rank": 0, "local_rank": 0, "pid": 7, "code": code}
+    attempt.ended[attempt.links[0]] = {"code": 1, "ours": False, "stopped": 0, "first": 0, "failures": {"0": rank}}
+    assert supervisor._conclude(attempt) == ends
+    assert supervisor.restarts == (ends is None)
 
 
 def test_a_signal_before_ranks_are_started_ends_the_launch():

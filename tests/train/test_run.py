@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardwright.checkpoint import find_newest
+from shardwright.checkpoint import CheckpointError, find_newest
 from shardwright.config import ConfigError, RunError, to_yaml
 from shardwright.train.load import load
 from shardwright.train.metrics import read_metrics
@@ -430,12 +430,32 @@ def test_a_second_process_is_kept_out_of_a_run_folder(tiny, tmp_path):
     process = _start(path)
     try:
         _wait_for(lambda: len(losses(config.run)) >= 2, process)
-        with pytest.raises(RunError, match=f"{config.run}: process {process.pid} trains in it; wait for it or stop it"):
+        with pytest.raises(ConfigError, match=f"{config.run}: process {process.pid} trains in it; wait for it or"):
             train(config)
     finally:
         process.kill()
         process.wait(30)
     _train_until(config, 1)  # the lock has died with its process
+
+
+def test_a_save_that_failed_in_the_background_ends_the_run_before_the_next_save(tiny, monkeypatch):
+    from shardwright.train import run as module
+
+    every = 200
+    config = tiny(f"checkpoint.every={every}", "train.steps=400")
+
+    class Broken(module.Run):
+        def _after_step(self) -> None:
+            if self.position.step == every:
+                folder = Path(config.run) / "checkpoints"
+                folder.rmdir()
+                folder.write_text("")
+            super()._after_step()
+
+    monkeypatch.setattr(module, "Run", Broken)
+    with pytest.raises(CheckpointError, match=f"step {every} was not saved"):
+        train(config)
+    assert every <= max(losses(config.run)) < 2 * every - 1
 
 
 def test_a_run_folder_that_cannot_be_made(tiny, tmp_path):
