@@ -44,6 +44,12 @@ def test_a_hosts_file(tmp_path):
     assert third == Host("node3")
 
 
+def test_brackets_of_an_ipv6_address_are_taken_off(tmp_path):
+    """ssh would look for a host of that name."""
+    first, second = read_hosts(written(tmp_path, "me@[fd00::1] slots=8\nnode2 address=[fd00::2]\n"))
+    assert (first.name, first.meets_at, second.meets_at) == ("me@fd00::1", "fd00::1", "fd00::2")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -55,6 +61,10 @@ def test_a_hosts_file(tmp_path):
         ("-oProxyCommand=id", "is no host name"),
         ("node1\nlocalhost", "localhost is this machine only"),
         ("node1\n127.0.0.1 slots=1", "127.0.0.1 is this machine only"),
+        ("node1\n[::1] slots=1", "::1 is this machine only"),
+        ("[fd00::1]:22", r"'\[fd00::1\]:22' is no host name; expected such as fd00::1 slots=8 port=2222"),
+        ("node1\nnode2 address=fe80::2%eth0", "fe80::2%eth0 is known on one link of one host only; give another"),
+        ("fd00::1\n[fd00::1]", "line 2: fd00::1 stands twice"),
     ],
 )
 def test_a_hosts_file_that_is_wrong(text, words, tmp_path):
