@@ -315,6 +315,9 @@ def test_the_last_evaluation_is_there_once_whatever_was_lost(tiny):
     newest, _ = find_newest(Path(config.run) / "checkpoints")
     shutil.rmtree(newest)
     assert train(config) == first
+    for text in ("", "{}", "[1]", '{"of": "another version"}'):
+        (Path(config.run) / "result.json").write_text(text)
+        assert train(config) == first
     assert [r["step"] for r in read_metrics(Path(config.run)) if "val_loss" in r] == [6]
 
 
