@@ -336,6 +336,15 @@ def test_training_from_a_url(tiny, prepared, tmp_path):
     assert losses(remote.run) == losses(local.run)
 
 
+def test_training_through_a_pipe_that_is_allowed(tiny, prepared, tmp_path):
+    piped = (f"data.path=pipe:cat {prepared}", f"data.cache={tmp_path / 'cache'}", f"run={tmp_path / 'piped'}")
+    with pytest.raises(ConfigError, match=r"runs a command; allow it with data\.allow=\[pipe\]"):
+        train(tiny(*piped))
+    allowed, local = tiny(*piped, "data.allow=[pipe]"), tiny(f"run={tmp_path / 'local'}")
+    assert train(allowed).val_loss == train(local).val_loss
+    assert losses(allowed.run) == losses(local.run)
+
+
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
