@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -36,13 +36,15 @@ def can_compile() -> bool:
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
-    """Within, what torch.compile cannot build is a RunError."""
+def compiling(is_asked_to_stop: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Within, what torch.compile cannot build is a RunError; KeyboardInterrupt where Ctrl-C ended the compiler too."""
     from torch._dynamo.exc import BackendCompilerFailed
 
     try:
         yield
     except BackendCompilerFailed as error:
-        lines = str(error).splitlines()
+        if is_asked_to_stop():
+            raise KeyboardInterrupt from None
+        lines = str(error).splitlines()[1:]  # the first says that inductor raised
         reason = next((line for line in lines if "error:" in line), lines[0] if lines else "")
         raise RunError(f"train.compile: torch cannot build a kernel: {reason.strip()[:300]}; {_REMEDY}") from error
