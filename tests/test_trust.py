@@ -38,6 +38,7 @@ PACKAGE = ROOT / "shardwright"
 ALLOWED = {
     ("data/workers.py", "pickle.dumps"),  # a function for processes that this one starts itself
     ("data/workers.py", "pickle.loads"),
+    ("data/prepare/pickled.py", "pickle.loads"),  # members of a tar, which the user has to allow by name
     ("interop/deepspeed.py", "torch.load"),  # `shardwright import --deepspeed`, which a user calls by name
     ("interop/deepspeed.py", "weights_only=False"),
     ("data/remote.py", "shell=True"),  # a pipe: URL, which the user has to allow by name

@@ -6,6 +6,7 @@ handed in by the rooms above (see train/settings.py), and become tagged unions o
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -315,7 +316,7 @@ class Config(Strict):
             sizes |= {"batch.ramp.start": ramp.start, "batch.ramp.increment": ramp.increment}
         for key, size in sizes.items():
             if size % micro:
-                fitting = [d for d in range(1, size + 1) if size % d == 0]
+                fitting = [d for n in range(1, math.isqrt(size) + 1) if size % n == 0 for d in (n, size // n)]
                 near = min(fitting, key=lambda d: (abs(d - micro), -d))
                 raise ConfigError(
                     f"batch.micro={micro}: does not divide {key}={size}; nearest that does: batch.micro={near}"

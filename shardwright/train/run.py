@@ -36,6 +36,7 @@ from shardwright.train.build import (
 )
 from shardwright.train.capsule import Kind, Scene, keep_verdict, keeping
 from shardwright.train.clock import Clock
+from shardwright.train.compiler import compiling
 from shardwright.train.course import Course
 from shardwright.train.diagnose import describe
 from shardwright.train.ending import Ending, tell
@@ -220,7 +221,8 @@ class Run:
         torch.manual_seed((self.config.train.seed * 1_000_003 + self.position.step) % 2**63)
         # Filled on the device: a copy from the host would wait for it.
         number = torch.full((), self.position.step, dtype=torch.int64, device=self.world.device)
-        self.step.accumulate(batch.micro_batches, number)
+        with compiling(lambda: self.signals.received is not None):
+            self.step.accumulate(batch.micro_batches, number)
         # The step before is judged here: its weights are still in place, and the device is busy with this one.
         if self._judge():
             return
@@ -375,7 +377,8 @@ class Run:
         self.watch.enter("evaluate")
         if self._validation is None:
             self._validation = build_validation(self.config, self.world)
-        figures = evaluate(self.step.stages, self._validation, most, self._is_asked_to_stop)
+        with compiling(lambda: self.signals.received is not None):
+            figures = evaluate(self.step.stages, self._validation, most, self._is_asked_to_stop)
         if figures is not None:
             self.steplog.write_figures(self.position.step, figures)
         self.watch.enter("between")

@@ -315,6 +315,9 @@ def test_the_last_evaluation_is_there_once_whatever_was_lost(tiny):
     newest, _ = find_newest(Path(config.run) / "checkpoints")
     shutil.rmtree(newest)
     assert train(config) == first
+    for text in ("", "{}", "[1]", '{"of": "another version"}'):
+        (Path(config.run) / "result.json").write_text(text)
+        assert train(config) == first
     assert [r["step"] for r in read_metrics(Path(config.run)) if "val_loss" in r] == [6]
 
 
@@ -331,6 +334,15 @@ def test_training_from_a_url(tiny, prepared, tmp_path):
     local = tiny(f"run={tmp_path / 'local'}")
     train(local)
     assert losses(remote.run) == losses(local.run)
+
+
+def test_training_through_a_pipe_that_is_allowed(tiny, prepared, tmp_path):
+    piped = (f"data.path=pipe:cat {prepared}", f"data.cache={tmp_path / 'cache'}", f"run={tmp_path / 'piped'}")
+    with pytest.raises(ConfigError, match=r"runs a command; allow it with data\.allow=\[pipe\]"):
+        train(tiny(*piped))
+    allowed, local = tiny(*piped, "data.allow=[pipe]"), tiny(f"run={tmp_path / 'local'}")
+    assert train(allowed).val_loss == train(local).val_loss
+    assert losses(allowed.run) == losses(local.run)
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):

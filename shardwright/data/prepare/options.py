@@ -106,6 +106,9 @@ class PrepareConfig(Strict):
     members: str | None = meaning(
         None, "Members of a tar to read: an ending, as .txt, or a pattern; null takes those whose endings tell a format"
     )
+    allow: list[Literal["pickle"]] = meaning(
+        [], "Members of a tar that run code when read, refused unless named: 'pickle'"
+    )
     documents: Literal["file", "line", "paragraph"] = meaning(
         "file", "What a document is in plain text: a whole file, a line, or lines up to a blank one"
     )
