@@ -54,4 +54,4 @@ def test_a_spare_takes_the_place_of_a_lost_host(prepared, tmp_path):
             assert launch.finish() == 0, launch.text
         work.run(run_config(prepared, tmp_path / "one"), [])
         check(launch, tmp_path / "one")
-        assert launch.text.count("data 1, context 2;") == 2, launch.text
+        assert launch.text.count("2 processes, context 2;") == 2, launch.text
