@@ -118,6 +118,14 @@ class Network:
             f" StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n LogLevel ERROR\n"
         )
 
+    def path_with_ssh(self) -> str:
+        """A PATH on which `ssh` reaches the hosts, for programs that take the ssh that they find."""
+        program = self.folder / "bin" / "ssh"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.ssh_config} "$@"\n')
+        program.chmod(0o755)
+        return f"{program.parent}:{os.environ['PATH']}"
+
     def start_sshd(self, name: str) -> None:
         """A real sshd on port 22 of a host, ready when this returns."""
         options = {
@@ -136,6 +144,10 @@ class Network:
         while "Server listening" not in (self.folder / f"sshd-{name}.log").read_text():
             assert server.poll() is None and time.monotonic() < deadline, "sshd does not start"
             time.sleep(0.05)
+
+    def server(self, name: str) -> int:
+        """The process of a host's sshd."""
+        return self._servers[name].pid
 
     def within(self, name: str, *command: str) -> list[str]:
         """A command inside of a host."""

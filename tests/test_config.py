@@ -48,6 +48,7 @@ def test_overrides_win_over_yaml_and_yaml_over_defaults(tmp_path):
         ("precision.loss_scale.floor=-1", "precision.loss_scale.floor: got -1 (int); input should be greater than 0"),
         ("data.sources=[{path: x, wieght: 2}]", "data.sources.0.wieght: unknown key; did you mean 'weight'?"),
         ("batch.micro=3", "batch.micro=3: does not divide batch.sequences=8; nearest that does: batch.micro=4"),
+        ("batch.sequences=4000000007", "batch.micro=8: does not divide batch.sequences=4000000007; nearest that does:"),
         ("batch.ramp={start: 2, increment: 2, sequences: 9}", "batch.micro=8: does not divide batch.ramp.start=2"),
         ("steps", "'steps': expected key=value"),
         ("optimizer.betas=[2.0, 3.0]", "optimizer.betas.0: got 2.0 (float); input should be less than 1"),

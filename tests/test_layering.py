@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "shardwright"
 
 # Lowest first. Rooms of one tier are siblings and import each other only in the foundation.
 TIERS: tuple[tuple[str, ...], ...] = (
-    ("mistakes", "config", "log", "hardware", "configs"),
+    ("config", "log", "hardware", "configs"),
     ("model", "objective", "parallel"),
     ("data", "checkpoint", "estimate"),
     ("interop", "adapt"),

@@ -23,8 +23,9 @@ import psutil
 import pytest
 import yaml
 
-from shardwright.config import ConfigError, find_secret
-from shardwright.train.settings import read_config
+from shardwright.config import ConfigError, find_secret, is_secret_name
+from shardwright.data.prepare import PrepareConfig
+from shardwright.train.settings import SCHEMA, read_config
 from tests.equivalence.cells import config
 from tests.faults.launched import Launch
 from tests.faults.test_lost_rank import wait_for
@@ -37,6 +38,7 @@ PACKAGE = ROOT / "shardwright"
 ALLOWED = {
     ("data/workers.py", "pickle.dumps"),  # a function for processes that this one starts itself
     ("data/workers.py", "pickle.loads"),
+    ("data/prepare/pickled.py", "pickle.loads"),  # members of a tar, which the user has to allow by name
     ("interop/deepspeed.py", "torch.load"),  # `shardwright import --deepspeed`, which a user calls by name
     ("interop/deepspeed.py", "weights_only=False"),
     ("data/remote.py", "shell=True"),  # a pipe: URL, which the user has to allow by name
@@ -185,6 +187,45 @@ def test_a_secret_in_a_place_is_kept_out_of_any_config(place: str) -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and "hunter2" not in done.stdout + done.stderr
     assert not find_secret("https://me@host:8080/x?version=2")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("log.wandb={token: hunter2}", "log.wandb: got what looks like a secret (dict); input should be a valid str"),
+        ("log.every=[{a: {API_KEY: hunter2}}]", "log.every: got what looks like a secret (list); input should be a v"),
+        ("log.every='api_key: hunter2'", "log.every: got what looks like a secret (str); input should be a valid int"),
+        ("train=[password: hunter2]", "train: got what looks like a secret (list); expected a section of keys"),
+        ("model.family={secret: hunter2}", "got what looks like a secret"),
+        ("log.wandb={token: hunter2", "what looks like a secret: the value is not valid YAML"),
+        ("log.wandb_api_key=[hunter2", "'log.wandb_api_key=...': the value is not valid YAML"),
+        ("https://me:hunter2@host/x", "what looks like a secret: expected key=value"),
+        ("run=https://me:hunter2@host/x", "run: holds a password or a signature, which would stand in config.yaml"),
+        ("log.wandb=s3://b/x?token=hunter2", "log.wandb: holds a password or a signature"),
+        ("deepspeed.extra={csv_monitor: {job_name: 'http://me:hunter2@x'}}", "deepspeed.extra.csv_monitor.job_name: h"),
+        ("log={'http://me:hunter2@x': 1}", "log: holds a password or a signature"),
+        ("deepspeed.extra.comet.api_key=hunter2", "deepspeed.extra.comet.api_key: is a secret by its name"),
+        ("deepspeed.extra={a: [{b: {credentials: {c: hunter2}}}]}", "deepspeed.extra.a.0.b.credentials: is a secret"),
+    ],
+)
+def test_a_secret_in_a_config_is_refused_and_not_repeated(override: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_config("debug/gpt2", [override])
+    said = str(caught.value)
+    assert says in said and "hunter2" not in said and "\n" not in said
+
+
+def test_no_key_of_ours_is_taken_for_a_secret() -> None:
+    def names(part: object) -> Iterator[str]:
+        if isinstance(part, dict):
+            yield from part.get("properties", {})
+        for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+            yield from names(inner)
+
+    ours = {name for schema in (SCHEMA, PrepareConfig) for name in names(schema.model_json_schema())}
+    assert {"max_tokens", "tokenizer", "extra"} <= ours
+    assert not [name for name in ours if is_secret_name(name)]
+    assert read_config("debug/gpt2", ["deepspeed.extra={comet: {api_key: null}, a: &a [*a]}"]).deepspeed.extra["comet"]
 
 
 def test_the_secret_that_fsspec_has_is_sent(tmp_path: Path) -> None:

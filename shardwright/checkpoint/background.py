@@ -4,7 +4,8 @@ Top of the checkpoint room's writing side. `CheckpointWriter.save` blocks the st
 into buffers that are kept and reused (pinned memory where tensors are on a GPU, whose copies run in stream order, so
 that the host does not wait for them); everything else happens in a thread with a process group of its own. One save
 is in flight at most: a second one waits for the first. What failed in the thread is logged at once and raised by the
-next call, the same on every rank.
+next call, the same on every rank: all fail a save together. `check` asks without waiting, so that ranks may raise it a
+step apart.
 """
 
 from __future__ import annotations
@@ -112,6 +113,11 @@ class CheckpointWriter:
         task.planner.state_dict = {}  # the live tensors are no longer this save's business
         self._thread = threading.Thread(target=self._write, args=(task, ready), name=f"checkpoint-{step}")
         self._thread.start()
+
+    def check(self) -> None:
+        """Raise what the save in flight has failed with, if it has: a look at a variable, no wait and no collective."""
+        if self._error is not None:
+            self.wait()
 
     def wait(self) -> Path | None:
         """Wait for the save in flight, raise if it failed; the newest checkpoint that this writer has written."""

@@ -4,11 +4,9 @@ from shardwright.config.fields import (
     ConfigError,
     RunError,
     Strict,
-    find_secret,
     free,
     meaning,
     parse_duration,
-    without_secret,
 )
 from shardwright.config.reading import (
     apply_override,
@@ -21,6 +19,7 @@ from shardwright.config.reading import (
     read_yaml,
     to_yaml,
 )
+from shardwright.config.secret import find_secret, is_secret_name
 from shardwright.config.sections import (
     BatchConfig,
     CheckpointConfig,
@@ -73,11 +72,11 @@ __all__ = [
     "find_config",
     "find_secret",
     "free",
+    "is_secret_name",
     "load_config",
     "meaning",
     "parse",
     "parse_duration",
     "read_yaml",
     "to_yaml",
-    "without_secret",
 ]

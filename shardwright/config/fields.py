@@ -1,4 +1,4 @@
-"""What sections of the config are made of: strict models, fields with a role, durations, places without secrets.
+"""What sections of the config are made of: strict models, fields with a role, durations.
 
 Every field says whether it belongs to the run's *meaning* (a run folder goes on only where all of these match) or is
 *free* (layout, workers, paths, logs).
@@ -36,29 +36,6 @@ def meaning(default: Any, description: str, **limits: Any) -> Any:
 def free(default: Any, description: str, **limits: Any) -> Any:
     """A field that may change between one start and the next of the same run."""
     return Field(default, description=description, json_schema_extra={"role": "free"}, **limits)
-
-
-#: user:password@ in a URL, or a signed query.
-_SECRET = re.compile(
-    r"[a-z][\w+.-]*://[^/\s@:]*:[^/\s@]+@|[?&](x-\w+-signature|x-\w+-(security-)?token|sig|signature|\w*token|api_?key|"
-    r"password|secret)=[^&\s]",
-    re.I,
-)
-
-
-def find_secret(text: str) -> bool:
-    """Whether a URL in a text holds a password or a signature."""
-    return _SECRET.search(text) is not None
-
-
-def without_secret(text: str | None) -> str | None:
-    """A place that may stand in config.yaml, in logs and in manifests; ValueError, which does not repeat it."""
-    if text is not None and find_secret(text):
-        raise ValueError(
-            "holds a password or a signature, which would stand in config.yaml and in logs; give it to fsspec by the "
-            "environment, such as FSSPEC_HTTPS, or by its file (docs/trust.md)"
-        )
-    return text
 
 
 def parse_duration(text: str) -> float:

@@ -14,8 +14,9 @@ from pydantic import Field, ValidationError, create_model
 from yaml.composer import ComposerError
 
 from shardwright.config.fields import ConfigError, Strict
+from shardwright.config.mistakes import describe
+from shardwright.config.secret import BY_NAME, IN_A_URL, find_secret, is_secret_name, secret_key, secret_text, shown
 from shardwright.config.sections import Config, ModelConfig, ObjectiveConfig
-from shardwright.mistakes import describe
 
 S = TypeVar("S", bound=Strict)
 
@@ -52,11 +53,19 @@ def load_config(
 
 
 def parse(schema: type[S], raw: Mapping[str, Any], where: str) -> S:
-    """Validate `raw` against a section class; ConfigError with one line otherwise."""
+    """Validate `raw` against a section class; ConfigError with one line otherwise, also where it holds a secret."""
+    place = secret_text(raw)
+    if place is not None:
+        raise ConfigError(f"{where}: {place or 'a key'}: {IN_A_URL}")
     try:
-        return schema.model_validate(raw)
+        section = schema.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(describe(error, schema, where)) from None
+    for key, free_keys in _free_sections(section):
+        inner = secret_key(free_keys)
+        if inner is not None:
+            raise ConfigError(f"{where}: {key}.{inner}: {BY_NAME}")
+    return section
 
 
 def find_config(name: str | Path) -> Path:
@@ -128,7 +137,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections such as model: and train:, found {raw!r}")
+        raise ConfigError(f"{path}: expected a mapping of sections such as model: and train:, found {shown(raw)}")
     return raw
 
 
@@ -152,14 +161,13 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set one dotted key of a raw mapping from ``key=value``; the value is read as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{override!r}: expected key=value, for example train.steps=100")
+        raise ConfigError(f"{shown(override)}: expected key=value, for example train.steps=100")
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or "a character that YAML does not have"
-        raise ConfigError(
-            f"{override!r}: the value is not valid YAML: {problem}; put quotes around plain text"
-        ) from None
+        said = repr(f"{key}=...") if is_secret_name(key) and not find_secret(key) else shown(override)
+        raise ConfigError(f"{said}: the value is not valid YAML: {problem}; put quotes around plain text") from None
     *parents, leaf = key.split(".")
     node: Any = raw
     for number, part in enumerate(parents):
@@ -179,6 +187,16 @@ def _place(node: Any, part: str, where: str) -> str | int:
     if isinstance(node, list) or (where and part.isdigit() and not node):
         raise ConfigError(f"{where}.{part}: {where} has no entry {part}; give the whole list, as in {where}=[...]")
     return part
+
+
+def _free_sections(section: Strict, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(key, section) of those that take any key."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Strict):
+            yield from _free_sections(value, f"{prefix}{name}.")
+        elif isinstance(value, Mapping):
+            yield f"{prefix}{name}", value
 
 
 def _meanings(section: Strict, prefix: str = "") -> Iterator[tuple[str, Any]]:

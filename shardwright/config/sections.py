@@ -6,11 +6,12 @@ handed in by the rooms above (see train/settings.py), and become tagged unions o
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from shardwright.config.fields import ConfigError, Strict, free, meaning, parse_duration, without_secret
+from shardwright.config.fields import ConfigError, Strict, free, meaning, parse_duration
 
 
 class ModelConfig(Strict):
@@ -38,7 +39,6 @@ class SourceConfig(Strict):
 
     path: str = free(..., "Prepared folder or URL that holds a manifest.json")
     weight: float = meaning(1.0, "Share of the mixture, relative to the other sources", gt=0)
-    _no_secret = field_validator("path")(without_secret)
 
 
 class DataConfig(Strict):
@@ -65,7 +65,6 @@ class DataConfig(Strict):
     allow: list[Literal["pipe", "pickle"]] = free(
         [], "Shard kinds that run code, refused unless named: 'pipe', 'pickle'"
     )
-    _no_secret = field_validator("path")(without_secret)
 
     @model_validator(mode="after")
     def _one_way_to_name_it(self) -> DataConfig:
@@ -326,7 +325,7 @@ class Config(Strict):
             sizes |= {"batch.ramp.start": ramp.start, "batch.ramp.increment": ramp.increment}
         for key, size in sizes.items():
             if size % micro:
-                fitting = [d for d in range(1, size + 1) if size % d == 0]
+                fitting = [d for n in range(1, math.isqrt(size) + 1) if size % n == 0 for d in (n, size // n)]
                 near = min(fitting, key=lambda d: (abs(d - micro), -d))
                 raise ConfigError(
                     f"batch.micro={micro}: does not divide {key}={size}; nearest that does: batch.micro={near}"

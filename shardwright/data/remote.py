@@ -58,9 +58,14 @@ def check_url(url: str, allow: Collection[str] = ()) -> None:
         raise ConfigError(f"{url}: a pipe: URL runs a command; allow it with data.allow=[pipe] if you trust it")
 
 
+def is_pickled(name: str) -> bool:
+    """Whether a file of this name is one that only unpickling would read."""
+    return name.lower().endswith(_PICKLED)
+
+
 def check_member(name: str, where: str, allow: Collection[str] = ()) -> None:
     """Refuse a tar member that only unpickling would read, unless 'pickle' is allowed; ConfigError."""
-    if name.lower().endswith(_PICKLED) and "pickle" not in allow:
+    if is_pickled(name) and "pickle" not in allow:
         raise ConfigError(
             f"{where}: member {name!r} is a pickle, which can run code when read; "
             "allow it with data.allow=[pickle] if you trust the file"

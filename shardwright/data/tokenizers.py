@@ -11,7 +11,7 @@ import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -243,10 +243,10 @@ def files_of(path: str | Path) -> list[dict[str, str]]:
     return [{"name": f.name, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()} for f in files if f.is_file()]
 
 
-def load_prepared(manifest: Manifest) -> Tokenizer:
-    """The tokenizer of a prepared folder or URL, held against the hash in its manifest."""
+def load_prepared(manifest: Manifest, allow: Collection[str] = ()) -> Tokenizer:
+    """The tokenizer of a prepared folder or URL, held against the hash in its manifest. `allow`: see Manifest.load."""
     facts, name = manifest.tokenizer, join(manifest.root, manifest.tokenizer["file"])
-    raw = read_bytes(name, sha256=facts["sha256"]) if is_remote(name) else _read(Path(name))
+    raw = read_bytes(name, sha256=facts["sha256"], allow=allow) if is_remote(name) else _read(Path(name))
     found = hashlib.sha256(raw).hexdigest()
     if found != facts["sha256"]:
         raise ConfigError(

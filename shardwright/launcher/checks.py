@@ -25,6 +25,7 @@ from typing import Literal
 import psutil
 
 from shardwright.hardware import device_name, find_device, versions
+from shardwright.train.compiler import find_compiler
 
 GIB = 2**30
 Status = Literal["ok", "missing", "warning", "failed"]
@@ -122,7 +123,7 @@ def check_devices() -> Iterator[Check]:
 
 def check_compiler() -> Check:
     """Builds a small library as torch.compile would: a C++ compiler, OpenMP and Python's headers."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
+    compiler = find_compiler()
     advice = "apt-get install g++ python{}.{}-dev; else train.compile=false".format(*sys.version_info)
     if compiler is None:
         return Check("torch", "torch.compile", "missing", "no C++ compiler, so blocks run uncompiled", advice)

@@ -23,7 +23,7 @@ import typer
 from shardwright import __version__
 from shardwright.config import ConfigError, RunError, apply_override
 from shardwright.launcher.arguments import ConfigName, Json, Overrides
-from shardwright.launcher.early import leaving_at_once
+from shardwright.launcher.early import leaving_at_once, settle
 from shardwright.launcher.leash import on_leash
 from shardwright.launcher.network import choose_interface
 from shardwright.launcher.ways import launch
@@ -125,7 +125,7 @@ def train(
         from shardwright.planner.stall_page import write_page
         from shardwright.train.run import train as run
 
-        result = run(resolved, write_page)
+        result = run(resolved, write_page, settle)
     if as_json:
         print(json.dumps(result.as_dict()))
     if result.stopped:
@@ -300,16 +300,16 @@ def schema() -> None:
 def main() -> None:
     """Entry point: run a command and turn a user's mistake into one line."""
     os.umask(os.umask(0o022) | 0o002)  # the user's own decides, but nothing is for everybody to write
-    sys.exit(on_leash(lambda: run(sys.argv[1:])))
+    sys.exit(on_leash(lambda: run(sys.argv[1:], last=True)))
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the command that these arguments name; its exit code."""
+def run(arguments: Sequence[str], *, last: bool = False) -> int:
+    """Run the command that these arguments name; its exit code. `last`: nothing but the end of the process follows."""
     given = [argument for argument in arguments if argument != TRACEBACK]
     if not given:
         app(["--help"], standalone_mode=False)
         return 2
-    with leaving_at_once() if given[0] in ("train", "verify", "doctor", "launch") else nullcontext():
+    with leaving_at_once(last=last) if given[0] in ("train", "verify", "doctor", "launch") else nullcontext():
         return guarded(lambda: app(given, standalone_mode=False), show_traceback=len(given) < len(arguments))
 
 

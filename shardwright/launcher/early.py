@@ -1,6 +1,6 @@
 """Ctrl-C, SIGTERM and SIGUSR1 while a command starts: one line in place of a traceback out of some import.
 
-Imports nothing of weight, so that it is in force before what has; once training begins, train/signals.py takes over.
+Imports nothing of weight, so that it is in force before what has; train/signals.py takes over while a run is under way.
 """
 
 from __future__ import annotations
@@ -17,15 +17,23 @@ _CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 _leaving = threading.Lock()
+_settled = threading.Event()
+
+
+def settle() -> None:
+    """All is saved and the exit code is known: until the end of `leaving_at_once`, signals change nothing any more."""
+    _settled.set()
 
 
 @contextmanager
-def leaving_at_once() -> Iterator[None]:
+def leaving_at_once(*, last: bool = False) -> Iterator[None]:
     """Within, a signal ends the process with a line and exit code 128 + its number: 130 for Ctrl-C, 143 for SIGTERM.
 
     Also where the main thread waits inside of C, for the other ranks for example: Python's own handlers would have to
-    wait for it, so a thread is woken by the signal.
+    wait for it, so a thread is woken by the signal. `last`: the process ends behind it, and after `settle` ignores
+    signals until it is gone, which takes torch half a second.
     """
+    _settled.clear()
     if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
         yield
         return
@@ -40,7 +48,7 @@ def leaving_at_once() -> Iterator[None]:
         signal.set_wakeup_fd(woken)
         os.close(wake)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if last and _settled.is_set() else handler)
 
 
 def _watch(come: int) -> None:
@@ -52,6 +60,8 @@ def _watch(come: int) -> None:
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
+    if _settled.is_set():
+        return
     if not _leaving.acquire(blocking=False):
         return  # the other thread is at it
     if os.environ.get("RANK", "0") == "0":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import shlex
 import subprocess
 import sys
@@ -50,7 +51,8 @@ def read_hosts(path: str | Path) -> list[Host]:
     """The hosts of a file; ConfigError names the line that is wrong.
 
     A line is `NAME [slots=N] [port=N] [address=A]`, NAME being anything that ssh takes (`user@host`, an alias of
-    ~/.ssh/config); DeepSpeed's hostfiles are of this form. Empty lines and comments behind # are left out.
+    ~/.ssh/config); DeepSpeed's hostfiles are of this form. An IPv6 address may stand in brackets. Empty lines and
+    comments behind # are left out.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -69,13 +71,20 @@ def read_hosts(path: str | Path) -> list[Host]:
     for host in hosts if len(hosts) > 1 else []:
         if is_loopback(host.meets_at):
             raise ConfigError(f"{path}: {host.name} is this machine only; name it as the other hosts reach it")
+        if "%" in host.meets_at:
+            raise ConfigError(
+                f"{path}: {host.meets_at} is known on one link of one host only; give another address of {host.name}"
+            )
     return hosts
 
 
 def _parse(words: Sequence[str], where: str) -> Host:
     name, *settings = words
+    name = _bare(name)
     if name.startswith("-") or not name.isprintable():
         raise ConfigError(f"{where}: {name!r} is no host name")
+    if set("[]") & set(name):
+        raise ConfigError(f"{where}: {name!r} is no host name; expected such as fd00::1 slots=8 port=2222")
     given: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -83,8 +92,13 @@ def _parse(words: Sequence[str], where: str) -> Host:
             raise ConfigError(f"{where}: {setting!r}: expected slots=N, port=N or address=A, each once")
         if key != "address" and not (value.isdecimal() and int(value) > 0):
             raise ConfigError(f"{where}: {setting!r}: expected a whole number from 1")
-        given[key] = value if key == "address" else int(value)
+        given[key] = _bare(value) if key == "address" else int(value)
     return Host(name, **given)
+
+
+def _bare(name: str) -> str:
+    """Without the brackets that IPv6 addresses have in other places: ssh and torch take `me@fd00::1`."""
+    return re.sub(r"(^|@)\[([^\]]*)\]$", r"\1\2", name)
 
 
 def keeper_command(host: Host, folder: str, python: str, ssh: Sequence[str] = SSH) -> list[str]:

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardwright.config import Config, ConfigError, parse_duration
+from shardwright.launcher.attempt import Job
 from shardwright.launcher.hosts import SSH, Host, read_hosts
-from shardwright.launcher.supervise import Job, Supervisor
+from shardwright.launcher.supervise import Supervisor
 from shardwright.launcher.world import FAMILIES, in_step
 from shardwright.parallel.mesh import mesh_shape
 from shardwright.parallel.proposals import check_layout

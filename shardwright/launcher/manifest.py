@@ -15,13 +15,11 @@ from typing import Any
 
 import yaml
 
-from shardwright.config import Config, ConfigError, find_secret
+from shardwright.config import Config, ConfigError, find_secret, is_secret_name
 from shardwright.launcher.launch import why_not
 from shardwright.train.settings import read_config
 
 MODULE = "shardwright"
-#: Names of variables that hold secrets: HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, ...
-SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?(_|$)", re.I)
 FILE = re.compile(r"[A-Za-z0-9][-._A-Za-z0-9]*\.ya?ml")
 
 
@@ -89,7 +87,7 @@ def read_variables(names: Sequence[str]) -> dict[str, str]:
         name, equals, value = given.partition("=")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ConfigError(f"--env {given}: expected NAME or NAME=VALUE")
-        if SECRET.search(name):
+        if is_secret_name(name):
             raise ConfigError(f"--env {name}: looks like a secret, and a manifest is read by many; give it by --secret")
         if not equals and name not in os.environ:
             raise ConfigError(f"--env {name}: is not set here")

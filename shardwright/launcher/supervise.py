@@ -1,6 +1,6 @@
 """Attempts of a run over its hosts: start all, watch, and on a loss start again from the newest whole checkpoint.
 
-Above hosts.py, under launch.py. Each attempt is a new world: the hosts that are there, node ranks given here, a fresh
+Above attempt.py, under launch.py. Each attempt is a new world: the hosts that are there, node ranks given here, a fresh
 port, one torchrun agent a host with --max-restarts 0. torchrun's own scaling down after a loss is not relied on
 (pytorch issues 111646 and 147064): it waits for agents that are gone, or goes on without hosts that are there.
 
@@ -19,88 +19,24 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations, islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from shardwright.checkpoint import find_newest
 from shardwright.config import ConfigError, RunError
-from shardwright.launcher.hosts import SSH, Host, Link, keeper_command
+from shardwright.launcher.attempt import Attempt, Job
+from shardwright.launcher.hosts import Host, Link, Message, keeper_command
 from shardwright.launcher.leash import STOPPED
-from shardwright.log import outlive
+from shardwright.launcher.words import describe, first_code, say, tell
 
 FAILED, MISTAKE = 1, 2
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 ASKED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # how ranks end that were to stop for a host that came back
 TICK_S, REOPEN_S, WORD_S, MARGIN_S = 0.1, 2.0, 3.0, 2.0
 MOST_CHOICES = 1000  # sets of hosts that are looked at
-
-Message = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to run where, and what to do when something is lost. Times in seconds."""
-
-    command: Sequence[str]  # module and arguments, the same on every host
-    hosts: Sequence[Host]
-    fits: Callable[[int], str | None]  # why the run cannot be spread over so many processes
-    checkpoints: Path
-    progress: Path  # a file that grows while the run makes steps
-    min_hosts: int
-    restarts: int = 3
-    once: bool = False  # a failure is an answer: nothing is said of it or started again
-    grace_s: float = 60.0
-    lease_s: float = 30.0
-    rejoin_s: float | None = 300.0
-    wait_s: float = 600.0
-    python: str = sys.executable
-    ssh: Sequence[str] = SSH
-    environment: Mapping[str, str] = field(default_factory=dict)  # for other hosts; this one has its own
-
-
-class Attempt:
-    """One world of the run, as far as the supervisor has heard of it."""
-
-    def __init__(self, links: Sequence[Link]) -> None:
-        self.links = list(links)
-        self.ended: dict[Link, Message] = {}
-        self.lost: list[Link] = []
-        self.begun = 0  # bytes of the progress file at its start
-        self.started = False  # agents were
-        self.deadline: float | None = None  # for ranks that were asked to stop, or that follow a failure
-        self.asked: str = ""  # why they were asked to stop
-        self.killed = False
-
-    @property
-    def running(self) -> list[Link]:
-        """Hosts from which no end was heard."""
-        return [link for link in self.links if link not in self.ended and link not in self.lost]
-
-    @property
-    def size(self) -> int:
-        """Processes."""
-        return sum(link.slots for link in self.links)
-
-    def send(self, **order: Any) -> None:
-        """Give an order to every host where the attempt runs."""
-        for link in self.running:
-            link.send(**order)
-
-    def failures(self) -> list[tuple[Link, Message]]:
-        """Hosts on which it failed, with the rank that failed first; ranks that were killed before others."""
-        found = [(link, ended) for link, ended in self.ended.items() if ended["code"] != 0 and not ended["ours"]]
-        return sorted(found, key=lambda entry: first_code(entry[1]) >= 0)
-
-
-def first_code(ended: Message) -> int:
-    """Exit code of the rank that failed first on a host, negative for a signal; the agent's own where no rank did."""
-    if "failures" in ended:
-        return int(ended["failures"][str(ended["first"])]["code"])
-    return int(ended["code"])
 
 
 class Supervisor:
@@ -456,43 +392,9 @@ class _Stopped(Exception):
     """A signal came while nothing ran."""
 
 
-def describe(link: Link, ended: Message) -> str:
-    """What failed on a host, in words: `rank 3 on node2 (local rank 1, pid 77): killed by SIGKILL`."""
-    where = "this machine" if link.host.local else link.host.name
-    if "failures" not in ended:
-        return f"the agent on {where}: {ended.get('error') or how(ended['code'])}"
-    first = ended["failures"][str(ended["first"])]
-    place = f"local rank {first['local_rank']}, pid {first['pid']}"
-    return f"rank {first['rank']} on {where} ({place}): {how(first['code'])}"
-
-
-def how(code: int) -> str:
-    """An exit code in words."""
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"killed by signal {-code}"
-
-
 def size_of(path: Path) -> int:
     """Bytes of a file; 0 where there is none."""
     try:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def say(text: str) -> None:
-    """One line for each event."""
-    tell(f"shardwright: {text}", sys.stderr)
-
-
-def tell(line: str, stream: TextIO) -> None:
-    """Print it; where the terminal is gone or the disk of a log is full, the run is still led to its end."""
-    try:
-        print(line, file=stream, flush=True)
-    except OSError as error:
-        with suppress(OSError):
-            outlive(error)

@@ -14,6 +14,7 @@ import re
 import socket
 from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
+from zlib import crc32
 
 from shardwright.config import ConfigError
 
@@ -48,11 +49,12 @@ class Names(NamedTuple):
     size: str
     local_rank: str
     local_size: str
+    job: str = ""  # what tells two jobs of one host apart, the same on all ranks
 
 
 FAMILIES = (
     Names("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
-          "OMPI_COMM_WORLD_LOCAL_SIZE"),
+          "OMPI_COMM_WORLD_LOCAL_SIZE", "PMIX_NAMESPACE"),
     Names("mpirun", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK",
           "MV2_COMM_WORLD_LOCAL_SIZE"),
     Names("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
@@ -164,7 +166,8 @@ def _by_mpi(environment: Mapping[str, str]) -> Place | None:
             size = _number(environment, names.size, 1)
             local = _number(environment, names.local_size, 0) or None
             master = environment.get("MASTER_ADDR") or ("127.0.0.1" if local == size else None)
-            port = _number(environment, "MASTER_PORT", 0) or None
+            job = environment.get(names.job, "")
+            port = _number(environment, "MASTER_PORT", 0) or FIRST_PORT + crc32(job.encode()) % PORTS
             rank = _number(environment, names.rank, 0)
             return Place(names.launcher, rank, size, _number(environment, names.local_rank, 0), local, master, port)
     return None

@@ -213,11 +213,11 @@ def _join(rank: int, size: int, device: torch.device, parallel: ParallelConfig) 
         else:
             dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timeout)
     except RuntimeError as error:  # of the store, of sockets, of a rank that left
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise RunError(
-            f"rank {rank} of {size} did not meet the others at {where}: {str(error).splitlines()[0]}; start all of "
-            "them within parallel.timeout, where each can reach that address"
-        ) from error
+        where, text = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", str(error).splitlines()[0]
+        remedy = "start all of them within parallel.timeout, where each can reach that address"
+        if "EADDRINUSE" in text:
+            remedy = "another program has that port: set MASTER_PORT to a free one"
+        raise RunError(f"rank {rank} of {size} did not meet the others at {where}: {text}; {remedy}") from error
 
 
 def choose_device(wanted: str = "auto", local_rank: int = 0) -> torch.device:

@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any
 
 from shardwright.config import ConfigError
-from shardwright.parallel.refusals import Facts, refusals, shards_fit
+from shardwright.parallel.refusals import Facts, is_fixed, refusals, shards_fit
 from shardwright.parallel.stages import SCHEDULES
 
 DEGREES = ("data", "context", "tensor", "pipeline")
@@ -23,10 +23,15 @@ SETTINGS = ("shard", "zero", "schedule", "stages", "sequence", "ring")
 
 
 def check_layout(facts: Facts) -> None:
-    """ConfigError with every reason and the nearest layouts that fit, unless this one does."""
+    """ConfigError with every reason and the nearest layouts that fit, unless this one does.
+
+    Where no layout can fit, each reason has its own remedy, and none is proposed.
+    """
     reasons = refusals(facts)
     if not reasons:
         return
+    if is_fixed(facts):
+        raise ConfigError("; ".join(reasons))
     near = [describe(layout, facts) for layout in nearest_layouts(facts)]
     found = f"nearest that fit: {' or '.join(near)}" if near else f"no other layout of a world of {facts.world} fits"
     raise ConfigError(f"{'; '.join(reasons)}; {found}")

@@ -85,6 +85,7 @@ class Row(NamedTuple):
     rule: str
     check: Callable[[Facts], str | None]
     warns: bool = False  # the run works, but a user should know
+    fixed: bool = False  # no other layout of the same world mends it
 
 
 def _world(f: Facts) -> str | None:
@@ -285,9 +286,13 @@ def _engine_fp16(f: Facts) -> str | None:
     return "precision.compute=fp16: DeepSpeed has no fp16 on a CPU; use bf16 or engine=native"
 
 
+def _engine_float64(f: Facts) -> str | None:
+    if f.engine == "native" or f.precision != "fp64":
+        return None
+    return f"precision.compute=fp64: engine={f.engine} has no float64; use precision.compute=fp32 or engine=native"
+
+
 def _engine_precision(f: Facts) -> str | None:
-    if f.engine != "native" and f.precision == "fp64":
-        return f"precision.compute=fp64: engine={f.engine} has no float64; use fp32 or engine=native"
     if f.engine == "deepspeed" and f.zero == 0 and f.precision in ("bf16", "fp16"):
         return (
             f"parallel.zero=0: DeepSpeed adds up gradients in {f.precision} there, not in float32; use parallel.zero=1"
@@ -394,17 +399,14 @@ ROWS: tuple[Row, ...] = (
         _ring,
     ),
     Row("engine", "deepspeed and accelerate carry data parallelism and ZeRO alone", _engine),
-    Row("deepspeed fp16", "DeepSpeed has no fp16 on a CPU", _engine_fp16),
-    Row(
-        "engine's formats",
-        "none has float64; bf16 and fp16 with float32 sums from ZeRO 1 on",
-        _engine_precision,
-    ),
-    Row("deepspeed optimizers", "its flat shards carry adamw, adam and sgd", _engine_optimizer),
+    Row("deepspeed fp16", "DeepSpeed has no fp16 on a CPU", _engine_fp16, fixed=True),
+    Row("engine's float64", "neither deepspeed nor accelerate has it", _engine_float64, fixed=True),
+    Row("engine's formats", "bf16 and fp16 with float32 sums from ZeRO 1 on", _engine_precision),
+    Row("deepspeed optimizers", "its flat shards carry adamw, adam and sgd", _engine_optimizer, fixed=True),
     Row("engine's shards", "over all data ranks", _engine_shard),
     Row("deepspeed ZeRO 3 compiled", "its hooks stand inside of the blocks", _engine_compile),
     Row("deepspeed offload", "of the optimizer from ZeRO 1 on; of parameters, and to nvme, at ZeRO 3", _engine_places),
-    Row("offload", "one process keeps its masters beside the model", _offload),
+    Row("offload", "one process keeps its masters beside the model", _offload, fixed=True),
     Row("attention dropout", "its masks depend on the layout: each rank draws its own", _attention_dropout, warns=True),
     Row("settings without effect", "those of a pipeline or ring not there, of shards at ZeRO 0", _unused, warns=True),
 )
@@ -413,6 +415,11 @@ ROWS: tuple[Row, ...] = (
 def table() -> list[Row]:
     """Every rule, those that only warn last."""
     return sorted(ROWS, key=lambda row: row.warns)
+
+
+def is_fixed(facts: Facts) -> bool:
+    """Whether something is refused that no other layout of the same world mends."""
+    return any(row.fixed and row.check(facts) for row in ROWS)
 
 
 def refusals(facts: Facts) -> list[str]:

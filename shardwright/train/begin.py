@@ -49,7 +49,8 @@ def begin(config: Config, theirs: Mapping[str, Tensor]) -> Path:
 
 
 def _alone(config: Config) -> Config:
-    """The same model and optimizer in one process on a CPU: a checkpoint is the same under every layout."""
+    """The same model and optimizer in one process on a CPU: a checkpoint is the same under every layout and kernel."""
     changed = {"parallel": ParallelConfig(), "engine": "native", "deepspeed": DeepSpeedConfig()}
-    train = config.train.model_copy(update={"compile": False, "device": "cpu"})
-    return config.model_copy(update={**changed, "train": train})
+    train = config.train.model_copy(update={"compile": False, "device": "cpu", "fused_norms": "torch"})
+    optimizer = config.optimizer.model_copy(update={"fused": "torch"})
+    return config.model_copy(update={**changed, "train": train, "optimizer": optimizer})

@@ -52,7 +52,7 @@ def build_corpus(config: Config) -> Corpus:
     sources = config.data.mixture()
     if not sources:
         raise ConfigError("data.path: is missing; name a folder made by `shardwright prepare`")
-    manifests = [Manifest.load(source.path) for source in sources]
+    manifests = [Manifest.load(source.path, config.data.allow) for source in sources]
     first = manifests[0].tokenizer["sha256"]
     for source, manifest in zip(sources, manifests, strict=True):
         if manifest.tokenizer["sha256"] != first:
@@ -60,7 +60,7 @@ def build_corpus(config: Config) -> Corpus:
                 f"{source.path}: was prepared with tokenizer {manifest.tokenizer['sha256'][:12]}, "
                 f"{sources[0].path} with {first[:12]}; prepare both with one tokenizer"
             )
-    return Corpus(manifests, load_prepared(manifests[0]))
+    return Corpus(manifests, load_prepared(manifests[0], config.data.allow))
 
 
 def fit_to_corpus(config: Config, corpus: Corpus) -> None:

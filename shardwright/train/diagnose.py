@@ -1,4 +1,4 @@
-"""Naming the first module whose numbers are not finite, by running the micro-batches once more, uncompiled."""
+"""What was wrong with a step; running it once more, uncompiled, finds the first module with numbers not finite."""
 
 from __future__ import annotations
 
@@ -9,11 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardwright.data.loader import StepBatch
 from shardwright.train.stages import Batch, LossModel, Stages
-from shardwright.train.step import Masters
+from shardwright.train.step import Masters, Outcome, Step
 
 _NOTHING = "no single module: the sum over micro-batches"
 _LOSS, _NEVER = 10**9, 4 * 10**9  # what is earlier in a step has the smaller number
+
+
+def describe(step: Step, number: int, batch: StepBatch, outcome: Outcome) -> str:
+    """Step `number`, its sequences and what was wrong with it, in one line; every rank has to call it."""
+    where = f"step {number} (sequences {batch.first} to {batch.last})"
+    if not outcome.overflow:
+        return f"{where}: the loss {outcome.loss:.4f} is a spike"
+    before = torch.tensor(number - 1, device=step.stages.world.device)
+    batches = [step.stages.cut(micro) for micro in batch.micro_batches]
+    # The scale has fallen since.
+    ratio = outcome.loss_scale / step.scaler.scale
+    scales = {term: scale * ratio for term, scale in step.scales(batches).items()}
+    step.stages.begin(before, scales)
+    module = first_nonfinite(step.stages, step.masters, batches)
+    return f"{where}: not finite, first in {module}"
 
 
 def first_nonfinite(stages: Stages, masters: Masters, batches: Sequence[Batch]) -> str:

@@ -96,7 +96,7 @@ class FolderLock:
         self._file: int | None = None
 
     def take(self, folder: Path) -> None:
-        """RunError where a live process of this host works in `folder`."""
+        """ConfigError where a live process of this host works in `folder`: to start again would not help."""
         with suppress(OSError):  # a folder that cannot be written gets its own error
             folder.mkdir(parents=True, exist_ok=True)
             self._file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -125,7 +125,9 @@ class FolderLock:
         time.sleep(0.2)  # it may be just about to say who it is
         pid, _, host = os.pread(self._file, 300, 0).decode(errors="replace").strip().partition(" ")
         if host == socket.gethostname() and pid.isdecimal() and _is_alive(int(pid)):
-            raise RunError(f"{folder}: process {pid} trains in it; wait for it or stop it, or choose another run=PATH")
+            raise ConfigError(
+                f"{folder}: process {pid} trains in it; wait for it or stop it, or choose another run=PATH"
+            )
         get_logger().warning("%s: is locked by process %s on %s; going on, as it may be gone", folder, pid, host)
 
     def __enter__(self) -> FolderLock:

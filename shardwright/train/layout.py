@@ -7,7 +7,6 @@ each a function of (seed, its name) alone. In one process, 1, 4 to 7 and 10 are 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -17,7 +16,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from shardwright.config import Config
-from shardwright.log import get_logger
 from shardwright.model.count import block_flops, head_flops
 from shardwright.model.electra import ElectraConfig
 from shardwright.model.encoder_decoder import EncoderDecoderConfig
@@ -39,6 +37,7 @@ from shardwright.parallel.ring import Ring, apply_ring, check_device
 from shardwright.parallel.stages import SCHEDULES, keep_layers, layer_costs, split_layers, stage_indices
 from shardwright.parallel.tensor import all_tokens, apply_tensor, localize_heads, own_tokens
 from shardwright.parallel.zero import ShardedMasters, TiedWeight, apply_zero
+from shardwright.train.compiler import can_compile
 from shardwright.train.draft import build_loss_model
 from shardwright.train.optim.apex import apply_fused_norms, wants_apex
 from shardwright.train.stages import Cut, Loop, LossModel, Stages, whole
@@ -313,7 +312,7 @@ def apply_blocks(model: LanguageModel, config: Config, world: World) -> None:
 
 
 def wants_compile(config: Config) -> bool:
-    """Whether blocks are compiled: as said, or where a C++ compiler or a GPU's Triton is found."""
+    """Whether blocks are compiled: as said, or where what compiles them is found."""
     wanted = config.train.compile
     if wanted != "auto":
         return bool(wanted)
@@ -323,10 +322,7 @@ def wants_compile(config: Config) -> bool:
         return False
     if config.engine == "deepspeed" and config.parallel.zero == 3:
         return False
-    found = shutil.which("g++") or shutil.which("clang++")
-    if not found:
-        get_logger().info("no C++ compiler found: blocks run uncompiled (Debian: apt-get install g++)")
-    return bool(found)
+    return can_compile()
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,9 @@ def read_result(folder: Path, step: int) -> Result | None:
     path = folder / RESULT
     if not path.is_file():
         return None
-    result = Result(**json.loads(path.read_text(encoding="utf-8")))
-    if result.step == step:
-        return result
+    with suppress(ValueError, TypeError):  # emptied by a power cut, or of another version: it is made anew
+        result = Result(**json.loads(path.read_text(encoding="utf-8")))
+        if result.step == step:
+            return result
     path.unlink()
     return None

@@ -7,6 +7,7 @@ all ranks share; the loop only walks. State that a restart needs is `Position` a
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,11 @@ from typing import Any
 
 import torch
 
-from shardwright.checkpoint import CheckpointError, CheckpointWriter, DamagedError, discard_newer, find_newest, load
+from shardwright.checkpoint import CheckpointError, CheckpointWriter, discard_newer
 from shardwright.checkpoint.ranks import Ranks, open_ranks
 from shardwright.config import Config, RunError
 from shardwright.data.loader import Loader, StepBatch
-from shardwright.hardware import device_name, versions
 from shardwright.log import get_logger
-from shardwright.model.count import num_parameters
 from shardwright.parallel.mesh import World, join_world, world_size
 from shardwright.parallel.peers import watch_peers
 from shardwright.parallel.proposals import check_layout
@@ -37,18 +36,19 @@ from shardwright.train.build import (
 )
 from shardwright.train.capsule import Kind, Scene, keep_verdict, keeping
 from shardwright.train.clock import Clock
+from shardwright.train.compiler import compiling
 from shardwright.train.course import Course
-from shardwright.train.diagnose import first_nonfinite
+from shardwright.train.diagnose import describe
 from shardwright.train.ending import Ending, tell
 from shardwright.train.engines import check_engine
 from shardwright.train.evaluate import Validation, evaluate
 from shardwright.train.folder import CHECKPOINTS, FolderLock, find_run_folder, open_run_folder
 from shardwright.train.guard import DelayedRead
 from shardwright.train.layout import build_facts
-from shardwright.train.metrics import record_start
-from shardwright.train.position import Position, apply_tensors, checkpoint_tensors
-from shardwright.train.preview import batch_equation
+from shardwright.train.optim.apex import check_apex
+from shardwright.train.position import Position, checkpoint_tensors
 from shardwright.train.profile import StepProfiler
+from shardwright.train.restore import newest_checkpoint, restore
 from shardwright.train.result import Result, read_result
 from shardwright.train.signals import Signals, lingering
 from shardwright.train.step import Outcome
@@ -62,10 +62,11 @@ LAST_SAVE_S = 30.0  # for a save in flight while a step fails: its checkpoint is
 log = get_logger()
 
 
-def train(config: Config, tell_stall: Tell | None = None) -> Result:
+def train(config: Config, tell_stall: Tell | None = None, settled: Callable[[], None] | None = None) -> Result:
     """Train as `config` says, from the newest whole checkpoint of its run folder if there is one.
 
-    `tell_stall` writes the page of a run that stands still; a text without it.
+    `tell_stall` writes the page of a run that stands still; a text without it. `settled` is called once all is saved
+    and the result is known, before what was opened is closed.
     Raises ConfigError for what the user has to mend and RunError where the run cannot go on.
     """
     corpus = build_corpus(config)
@@ -73,10 +74,12 @@ def train(config: Config, tell_stall: Tell | None = None) -> Result:
     facts = build_facts(config, world_size())
     check_layout(facts)
     check_engine(config)
+    check_apex(config)
     with (
         join_world(config.train.device, config.train.threads, config.parallel) as world,
         lingering(world.size),
-        Signals() as signals,  # around what follows: who reports a lost rank is not stopped by the launcher's SIGTERM
+        # Around what follows: who reports a lost rank is not stopped by the launcher's SIGTERM.
+        Signals(settled) as signals,
         watch_peers(world),
         open_ranks() as ranks,
         FolderLock() as lock,
@@ -167,50 +170,12 @@ class Run:
         self._stack.callback(self.steplog.close)
         self._start_clock()
         self._place_loader()
-        parameters = num_parameters(self.config.model)["total"]  # type: ignore[arg-type]
-        name = device_name(self.world.device)
-        utilisation = self.steplog.utilisation.describe()
-        log.info("%s on %s: %s parameters; %s", self.folder, name, f"{parameters:,}", utilisation)
-        if self.world.size > 1:
-            equation = batch_equation(self.config, self.world.degree("data"))
-            log.info("%d processes, %s; %s", self.world.size, self.world.describe(), equation)
-        if self.world.leads:
-            record_start(
-                self.folder,
-                self.position.step,
-                parameters=parameters,
-                device=name,
-                num_devices=self.world.size,
-                layout=self.world.describe(),
-                mfu_basis=utilisation,
-                versions=versions(("torch", "numpy", "shardwright")),
-            )
+        self.steplog.introduce(self.position.step)
 
     def _restore(self, checkpoint: Path) -> None:
-        tensors = checkpoint_tensors(self.step)
-        try:
-            state = load(checkpoint, tensors)
-        except DamagedError as error:
-            older = self._newest(deep=True)
-            if older is None:
-                raise
-            log.warning("%s; going on from %s instead", error, older)
-            checkpoint, state = older, load(older, tensors)
-        apply_tensors(self.step, tensors)
-        self.position = Position.of(state["position"])
+        self.position = restore(self.step, checkpoint, self.folder, self.ranks)
         self._saved_step = self.position.step
         self.course.progress.load_state(self.position.progress)
-        log.info("resuming after step %d from %s", self.position.step, checkpoint)
-
-    def _newest(self, *, deep: bool = False) -> Path | None:
-        """The newest whole checkpoint, as rank 0 finds it."""
-
-        def find() -> str:
-            return str(find_newest(self.folder / CHECKPOINTS, deep=deep)[0] or "")
-
-        mine = self.ranks.together("looking for a checkpoint", find if self.world.leads else None)
-        found = self.ranks.share(mine or "")
-        return Path(found) if found else None
 
     def _place_loader(self) -> None:
         plan = build_plan(self.config, self.world, self.course.ramp, self.position.excluded)
@@ -256,7 +221,8 @@ class Run:
         torch.manual_seed((self.config.train.seed * 1_000_003 + self.position.step) % 2**63)
         # Filled on the device: a copy from the host would wait for it.
         number = torch.full((), self.position.step, dtype=torch.int64, device=self.world.device)
-        self.step.accumulate(batch.micro_batches, number)
+        with compiling(lambda: self.signals.received is not None):
+            self.step.accumulate(batch.micro_batches, number)
         # The step before is judged here: its weights are still in place, and the device is busy with this one.
         if self._judge():
             return
@@ -278,6 +244,7 @@ class Run:
 
     def _after_step(self) -> None:
         config, step = self.config, self.position.step
+        self.writer.check()
         due_log = step == 1 or _due(step, config.log.every)
         due_eval = _due(step, config.evaluate.every) and not self._is_done()
         due_save = _due(step, config.checkpoint.every)
@@ -365,7 +332,7 @@ class Run:
         before = replace(self.position, step=self.position.step - 1, drawn=self.last.drawn, progress=progress)
         scene = Scene(self.config, self.world, self.step, before, self.last)
         with self.watch.during("save"):
-            keep_verdict(scene, kind, what, self._newest())
+            keep_verdict(scene, kind, what, newest_checkpoint(self.folder, self.ranks))
 
     def rerun(self) -> str | None:
         """One step as a replay takes it, without logs and verdicts; what was wrong with it, if anything."""
@@ -376,23 +343,13 @@ class Run:
 
     def _describe(self, outcome: Outcome) -> str:
         assert self.last is not None
-        where = f"step {self.position.step} (sequences {self.last.first} to {self.last.last})"
-        if not outcome.overflow:
-            return f"{where}: the loss {outcome.loss:.4f} is a spike"
-        number = torch.tensor(self.position.step - 1, device=self.world.device)
-        batches = [self.step.stages.cut(batch) for batch in self.last.micro_batches]
-        # The scale has fallen since.
-        ratio = outcome.loss_scale / self.step.scaler.scale
-        scales = {term: scale * ratio for term, scale in self.step.scales(batches).items()}
-        self.step.stages.begin(number, scales)
-        module = first_nonfinite(self.step.stages, self.step.masters, batches)
-        return f"{where}: not finite, first in {module}"
+        return describe(self.step, self.position.step, self.last, outcome)
 
     def _roll_back(self, what: str) -> None:
         """Return to the newest checkpoint; the sequences from the bad step to now are never taken again."""
         assert self.last is not None
         self.writer.wait()
-        checkpoint = self._newest()
+        checkpoint = newest_checkpoint(self.folder, self.ranks)
         if checkpoint is None:
             raise RunError(f"{what}: no checkpoint to roll back to; set checkpoint.every")
         excluded = (self.last.first, self.last.last + 1)
@@ -420,7 +377,8 @@ class Run:
         self.watch.enter("evaluate")
         if self._validation is None:
             self._validation = build_validation(self.config, self.world)
-        figures = evaluate(self.step.stages, self._validation, most, self._is_asked_to_stop)
+        with compiling(lambda: self.signals.received is not None):
+            figures = evaluate(self.step.stages, self._validation, most, self._is_asked_to_stop)
         if figures is not None:
             self.steplog.write_figures(self.position.step, figures)
         self.watch.enter("between")
@@ -440,6 +398,7 @@ class Run:
         result = None if self.stopped else self._conclude(step, tokens)
         with self.watch.during("save"):
             self.writer.wait()
+        self.signals.settle()
         if result is None:
             reason = self.signals.received or "a rank"
             log.info("stopped by %s after step %d, all saved; the same command goes on", reason, step)

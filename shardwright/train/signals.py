@@ -1,11 +1,15 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: a run finishes the step, saves and leaves; a second one leaves at once."""
+"""SIGTERM, SIGUSR1 and Ctrl-C: a run finishes the step, saves and leaves; a second one leaves at once.
+
+One that comes when all is saved and how the run ends is known changes nothing: a run that is done ends with 0, since 75
+promises that the same command goes on.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -17,10 +21,11 @@ LINGER_S = 8.0  # torchrun kills after 30
 
 
 class Signals:
-    """Within its block, remembers that the run was asked to stop."""
+    """Within its block, remembers that the run was asked to stop; `tell` is called once it can matter no more."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[], None] | None = None) -> None:
         self.received: str | None = None
+        self._tell, self._settled = tell, False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -33,7 +38,15 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def settle(self) -> None:
+        """All is saved, and how the run ends is known: from here on signals change nothing."""
+        self._settled = True
+        if self._tell is not None:
+            self._tell()
+
     def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self._settled:
+            return
         if number == signal.SIGTERM and self.received == signal.SIGUSR1.name:
             return  # of SLURM, as the time that SIGUSR1 announced is over: the save may still be whole before SIGKILL
         if self.received is not None:

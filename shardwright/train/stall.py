@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 #: What a rank does, in the order in which one comes by it, and how it is said of one.
 PHASES = {
@@ -26,11 +26,12 @@ PHASES = {
     "step": "in the step",
     "end": "ending the run",
 }
-#: Functions of torch.distributed that a rank waits for others in, and what to call them where their names do not say.
+#: Functions that a rank waits for others in, and what to call them where their names do not say.
 COLLECTIVES = {
     "_wait_batch_p2p": "send and receive",
     "wait_for_unshard": "all_gather",
     "wait_tensor": "a collective",
+    "wait": "a collective",  # of DeepSpeed's handles
     "monitored_barrier": "barrier",
     "batch_isend_irecv": "send and receive",
 }
@@ -43,7 +44,9 @@ _THROUGH = (
     "torch/autograd/",
     "contextlib.py",
     "typing_extensions",
+    "deepspeed/utils/nvtx.py",
 )
+_BACKWARD = "_engine_run_backward"  # torch's own, around every backward pass
 _NEVER_STUCK = ("signals", "shardwright-watch")  # threads that only wait for something to do
 SHOWN = 4  # ranks that a verdict names one by one
 
@@ -76,6 +79,7 @@ class Word:
     stalled: bool = False
     left: bool = False
     collective: str | None = None  # that it waits in
+    backward: bool = False  # in the backward pass, whose collectives may be C++'s own, as those of DDP are
     stacks: tuple[Stack, ...] = ()
     extra: str = ""  # stacks by another hand: py-spy's, or those of faulthandler
 
@@ -103,7 +107,7 @@ class Word:
     @property
     def doing(self) -> str:
         """Its phase, and where in the data."""
-        words = [PHASES.get(self.phase, self.phase)]
+        words = ["in the backward pass" if self.backward else PHASES.get(self.phase, self.phase)]
         if self.step and self.phase in ("data", "step"):
             words.append(f"of step {self.step}")
         elif self.step and self.phase != "start":
@@ -163,7 +167,7 @@ class Stall:
             return "has left"
         if word.collective:
             return f"waits in {word.collective}"
-        return "stands still"
+        return "in the backward pass" if word.backward else "stands still"
 
     def groups(self) -> list[tuple[str, str]]:
         """(ranks, their stacks), those with equal stacks together; the ranks that the verdict is about come first."""
@@ -197,9 +201,12 @@ class Stall:
         others = [word for rank, word in sorted(self.words.items()) if rank not in set(ranks)]
         if not others:
             return ""
-        waits = self._waiting(others)
-        verb = "waits" if len(others) == 1 else "wait"
-        return f"; the other {len(others)} {verb} in {waits}" if _all_wait(others) else f"; of the others {waits}"
+        count, one = len(others), len(others) == 1
+        if _all_wait(others):
+            return f"; the other {count} {'waits' if one else 'wait'} in {self._waiting(others)}"
+        if all(word.backward for word in others) and len({word.doing for word in others}) == 1:
+            return f"; the other {count} {'is' if one else 'are'} {others[0].doing}"
+        return f"; of the others {self._waiting(others)}"
 
     def _waiting(self, words: Sequence[Word]) -> str:
         counts = Counter(word.collective or ("(left)" if word.left else f"({word.doing})") for word in words)
@@ -222,8 +229,8 @@ def _all_wait(words: Iterable[Word]) -> bool:
 
 
 def _furthest_back(words: Sequence[Word]) -> list[Word]:
-    least = min(word.place for word in words)
-    return [word for word in words if word.place == least]
+    least = min((word.place, word.backward) for word in words)
+    return [word for word in words if (word.place, word.backward) == least]
 
 
 def join(ranks: Iterable[int]) -> str:
@@ -271,8 +278,16 @@ def as_text(stall: Stall) -> str:
 # ------------------------------------------------------------------------------------------ this process
 
 
-def read_stacks(without: int | None = None) -> tuple[list[Stack], str | None]:
-    """Stacks of all Python threads, the main one first, but that of thread `without`; and the collective it waits in.
+class Seen(NamedTuple):
+    """This process from inside; `collective` and `backward` as in a `Word`."""
+
+    stacks: tuple[Stack, ...]
+    collective: str | None
+    backward: bool
+
+
+def read_stacks(without: int | None = None) -> Seen:
+    """Stacks of all Python threads, the main one first, but that of thread `without`; and what they wait in.
 
     A thread that no Python code started is one of autograd's: collectives of a backward pass wait in it.
     """
@@ -280,13 +295,15 @@ def read_stacks(without: int | None = None) -> tuple[list[Stack], str | None]:
     quiet = {ident for ident, name in names.items() if name in _NEVER_STUCK} | {without}
     main = threading.main_thread().ident
     frames = {ident: frame for ident, frame in sys._current_frames().items() if ident not in quiet}
-    stacks, collective = [], None
+    stacks, collective, backward = [], None, False
     for ident in sorted(frames, key=lambda ident: (ident != main, names.get(ident, "~"), ident)):
         found = _walk(frames[ident])
         stacks.append(Stack(names.get(ident, "a thread of torch"), tuple(map(_line, _below(found)))))
         if ident == main or ident not in names:
             collective = collective or collective_of([(frame.filename, frame.name) for frame in found])
-    return stacks, collective
+        if ident == main:
+            backward = any(frame.name == _BACKWARD for frame in found)
+    return Seen(tuple(stacks), collective, backward)
 
 
 def _walk(frame: FrameType) -> list[traceback.FrameSummary]:
@@ -318,12 +335,12 @@ def collective_of(frames: Iterable[tuple[str, str]]) -> str | None:
     """The collective that a thread waits in, by (file, function) of its frames, innermost first; None in none.
 
     The innermost frame, but for those that only pass a call on, has to be torch.distributed's: a pipeline's schedule is
-    part of that too, and stands below whatever its stages compute.
+    part of that too, and stands below whatever its stages compute. Or DeepSpeed's own, where that is waiting.
     """
     inside = []
     for path, name in frames:
         path = path.replace("\\", "/")
-        if "torch/distributed/" in path:
+        if "torch/distributed/" in path or ("deepspeed/" in path and name == "wait"):
             inside.append(name)
         elif inside or not any(part in path for part in _THROUGH):
             break

@@ -1,4 +1,4 @@
-"""What a run writes of its steps: losses, rates since the line before, memory, energy, and evaluations.
+"""What a run writes of its start and steps: losses, rates since the line before, memory, energy, evaluations.
 
 Between run.py, which knows when a line is due, and metrics.py, which writes it.
 """
@@ -12,14 +12,16 @@ import psutil
 import torch
 
 from shardwright.config import Config
-from shardwright.hardware import EnergyMeter, known_peak, measured_peak
-from shardwright.model.count import num_flops
+from shardwright.hardware import EnergyMeter, device_name, known_peak, measured_peak, versions
+from shardwright.log import get_logger
+from shardwright.model.count import num_flops, num_parameters
 from shardwright.parallel.mesh import World
 from shardwright.parallel.precision import FORMATS
 from shardwright.train.course import Course
 from shardwright.train.layout import predicted_share, row_lengths
-from shardwright.train.metrics import MetricsLog, Utilisation
+from shardwright.train.metrics import MetricsLog, Utilisation, record_start
 from shardwright.train.position import Position
+from shardwright.train.preview import batch_equation
 from shardwright.train.step import Outcome
 
 
@@ -45,6 +47,27 @@ class StepLog:
             config=self.config.model_dump(mode="json"),
             write=self.world.leads,
         )
+
+    def introduce(self, step: int) -> None:
+        """What starts after `step`, and on what: to the log, and as a line of starts.jsonl."""
+        log, world = get_logger(), self.world
+        parameters = num_parameters(self.config.model)["total"]  # type: ignore[arg-type]
+        name, utilisation = device_name(world.device), self.utilisation.describe()
+        log.info("%s on %s: %s parameters; %s", self.folder, name, f"{parameters:,}", utilisation)
+        if world.size > 1:
+            equation = batch_equation(self.config, world.degree("data"))
+            log.info("%d processes, %s; %s", world.size, world.describe(), equation)
+        if world.leads:
+            record_start(
+                self.folder,
+                step,
+                parameters=parameters,
+                device=name,
+                num_devices=world.size,
+                layout=world.describe(),
+                mfu_basis=utilisation,
+                versions=versions(("torch", "numpy", "shardwright")),
+            )
 
     def close(self) -> None:
         """End what `open` began."""

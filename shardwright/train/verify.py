@@ -44,6 +44,7 @@ from shardwright.train.course import Course
 from shardwright.train.engines import check_engine
 from shardwright.train.layout import build_facts
 from shardwright.train.optim import Muon
+from shardwright.train.optim.apex import check_apex
 from shardwright.train.position import Position
 from shardwright.train.signals import lingering
 from shardwright.train.step import GivesCopies, Outcome, Step
@@ -73,6 +74,7 @@ def verify(
     facts = build_facts(spread, world_size())
     check_layout(facts)
     check_engine(spread)
+    check_apex(spread)
     steps, bounds = min(steps, Course(spread).steps or steps), BOUNDS[spread.precision.compute]
     begin = time.monotonic()
     with (
@@ -122,6 +124,11 @@ def comparable(config: Config, number_format: str) -> tuple[Config, Config]:
     if number_format not in FORMATS:
         raise ConfigError(f"--format={number_format}: expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     wanted = config.precision.compute if number_format == "config" else number_format
+    if number_format == "fp64" and config.engine != "native":
+        raise ConfigError(
+            f"--format=fp64: engine={config.engine} has no float64; nearest that works: --format=fp32, which holds "
+            "it against one process in float32, or --format=fp64 with engine=native"
+        )
     train = config.train
     changed: dict[str, object] = {"compile": train.compile is True}  # where the config asks for it, not by itself
     if train.budget is not None:

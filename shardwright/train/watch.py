@@ -175,8 +175,8 @@ class Watch(Phase):
     def _leave(self, clock: Standstill) -> None:
         """Add this rank's stacks; write the page or wait for it; end the process."""
         self._stalled.set()
-        stacks, collective = read_stacks(without=threading.get_ident())
-        self._write(clock, stalled=True, collective=collective, stacks=tuple(stacks))
+        seen = read_stacks(without=threading.get_ident())
+        self._write(clock, stalled=True, **seen._asdict())
         with suppress(Exception):
             dump_flight_recorder(self._file(".nccl.json"))
         try:

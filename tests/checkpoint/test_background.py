@@ -2,6 +2,7 @@
 
 import resource
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,20 @@ def test_an_error_surfaces_at_the_next_call_once_and_the_run_can_go_on(tmp_path:
         writer.save(model(), {}, step=4)
         assert writer.wait() == tmp_path / "step_00000004"
     assert find_newest(tmp_path, deep=True) == (tmp_path / "step_00000004", [])
+
+
+def test_a_look_between_saves_finds_the_error_once_and_waits_for_nothing(tmp_path: Path, quota: object) -> None:
+    with CheckpointWriter(tmp_path) as writer:
+        writer.check()
+        writer.save(model(), {}, step=1)
+        deadline = time.monotonic() + 60
+        with pytest.raises(SaveError, match="step 1 was not saved .*no space left"):
+            while time.monotonic() < deadline:
+                writer.check()
+        writer.check()
+        quota()  # type: ignore[operator]
+        writer.save(model(), {}, step=2)
+        assert writer.wait() == tmp_path / "step_00000002"
 
 
 def test_an_error_surfaces_at_close(tmp_path: Path, quota: object) -> None:

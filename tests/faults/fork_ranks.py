@@ -2,13 +2,14 @@
 
 Each is a real process with a launcher's variables and runs the command line's `train`. Prints `rank R ended with C` for
 each, and ends with 0; whoever ends first does not end the others, who have to find that out. What is to go wrong says
-the environment: SPOIL=hang:R:I has the loader of rank R wait for ever at step I, SPOIL=raise:R:I has a layer of it
-raise there.
+the environment: SPOIL=hang:R:I has the loader of rank R wait for ever at step I, SPOIL=stick:R:I a layer of it in the
+second micro-batch there, SPOIL=raise:R:I has a layer of it raise there.
 """
 
 import os
 import sys
 import threading
+from collections.abc import Callable
 from importlib import import_module
 
 from torch import Tensor
@@ -37,24 +38,37 @@ def spoil(rank: int) -> None:
 
         Loader.__next__ = wait
     if kind == "raise":
-        spoil_layer(int(step))
+        spoil_layer(int(step), give_up)
+    if kind == "stick":
+        spoil_layer(int(step), stick)
 
 
-def spoil_layer(step: int) -> None:
-    """From now on the first product of a feed-forward part raises in that step."""
+def give_up(_passes: int) -> None:
+    """As a kernel does that fails."""
+    raise ArithmeticError("a kernel gave up")
+
+
+def stick(passes: int) -> None:
+    """As a kernel does that never ends, in the second micro-batch."""
+    if passes == 2:
+        threading.Event().wait()
+
+
+def spoil_layer(step: int, fault: Callable[[int], None] = give_up) -> None:
+    """From now on the feed-forward parts have this fault in that step; it is told how many passes were begun."""
     begin, forward = LossModel.begin, MLP.forward
-    number = [-1]
+    here: list[tuple[int, LossModel]] = []
 
     def begin_and_note(model: LossModel, at: Tensor, scales: object = None) -> None:
-        number[0] = int(at)
+        here[:] = [(int(at), model)]
         begin(model, at, scales)
 
-    def raise_at(layer: MLP, *given: Tensor) -> Tensor:
-        if number[0] == step:
-            raise ArithmeticError("a kernel gave up")
+    def spoiled(layer: MLP, *given: Tensor) -> Tensor:
+        if here and here[0][0] == step:
+            fault(here[0][1].passes)
         return forward(layer, *given)
 
-    LossModel.begin, MLP.forward = begin_and_note, raise_at
+    LossModel.begin, MLP.forward = begin_and_note, spoiled
 
 
 def main() -> None:

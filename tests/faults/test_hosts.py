@@ -1,7 +1,8 @@
-"""Two and four real hosts in network namespaces: `launch --hosts` over a real sshd, torchrun, deepspeed's hostfile.
+"""Two and four real hosts in network namespaces: `launch --hosts` over a real sshd, torchrun, deepspeed's and mpirun's
+hostfiles.
 
-The ssh connection to one host dies while it trains: its ranks end themselves, and the run goes on with both. torchrun
-and deepspeed are started as their users start them.
+The ssh connection to one host dies while it trains: its ranks end themselves, and the run goes on with both. The other
+launchers are started by the commands of the pages.
 """
 
 from __future__ import annotations
@@ -21,16 +22,20 @@ from typing import Any
 import pytest
 import yaml
 
+from shardwright.launcher.attempt import Job
 from shardwright.launcher.hosts import SSH, Host
-from shardwright.launcher.supervise import Job, Supervisor
+from shardwright.launcher.supervise import Supervisor
 from shardwright.train.metrics import read_metrics
 from tests import netns
 from tests.equivalence.cells import LOSS, relative
 from tests.faults.launched import ROOT, Launch, over_hosts
 from tests.faults.test_lost_rank import wait_for
 from tests.faults.test_restart import STEPS, check, run_config, uninterrupted
+from tests.launcher.test_commands import command_of
 
 __all__ = ["uninterrupted"]
+STATIC, C10D = "torchrun --nnodes 2 --node-rank", "torchrun --nnodes 2 --nproc-per-node"
+ONE_EACH = "--nproc-per-node 1"
 REASON = netns.why_not()
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.faults, pytest.mark.timeout(900)]
 
@@ -64,6 +69,22 @@ def test_over_ssh_and_the_connection_dies(net, prepared, uninterrupted, tmp_path
         assert launch.finish() == 0, launch.text
         check(launch, uninterrupted)
     assert all(re.search("sshd", Path(f"/proc/{pid}/comm").read_text()) for h in net.hosts for pid in net.pids(h))
+
+
+def test_hosts_that_meet_over_ipv6(net, prepared, uninterrupted, tmp_path):
+    """The store listens there, and on that address alone."""
+    for number, name in enumerate(net.hosts, 1):
+        netns.ip("-n", net.space(name), "addr", "replace", f"fd77::{number}/64", "dev", "eth0", "nodad")
+    options = over_hosts(net, tmp_path, 1)
+    lines = [f"{name} slots=1 address=[fd77::{number}]\n" for number, name in enumerate(net.hosts, 1)]
+    (tmp_path / "hosts").write_text("".join(lines))
+    raw = run_config(prepared, tmp_path / "run")
+    with Launch(tmp_path, raw, *options, hold=[2], prefix=net.within(netns.LOGIN)) as launch:
+        launch.wait_held(2)
+        assert "[fd77::1]" in listening(net, "h0") and not {"*", "0.0.0.0", "[::]"} & listening(net, "h0")
+        launch.release(2)
+        assert launch.finish() == 0, launch.text
+        check(launch, uninterrupted)
 
 
 def test_a_spare_that_is_lost_is_said_at_once(net, tmp_path, capfd):
@@ -119,11 +140,11 @@ def agents_of(net: netns.Network, hosts: Sequence[str], commands: Sequence[Seque
     return texts
 
 
-def train_command(folder: Path, raw: dict[str, Any]) -> list[str]:
-    """The end of a launcher's command line."""
+def config_file(folder: Path, raw: dict[str, Any]) -> dict[str, str]:
+    """A config in the place of a page's own."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(raw))
-    return ["shardwright", "train", str(path)]
+    return {"configs/english.yaml": str(path)}
 
 
 def check_losses(run: Path, uninterrupted: Path) -> None:
@@ -136,10 +157,9 @@ def check_losses(run: Path, uninterrupted: Path) -> None:
 
 def test_torchrun_finds_the_interface(net, prepared, uninterrupted, tmp_path):
     """No GLOO_SOCKET_IFNAME is given, and each host's own name is 127.0.1.1, as on Debian."""
-    train = train_command(tmp_path, run_config(prepared, tmp_path / "run"))
-    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    meet = ["--master-addr", net.address("h0"), "--master-port", "29500", "-m", *train]
-    agents_of(net, net.hosts, [[*start, "--node-rank", str(rank), *meet] for rank in range(2)])
+    one_each = config_file(tmp_path, run_config(prepared, tmp_path / "run")) | {"--nproc-per-node 4": ONE_EACH}
+    commands = [command_of("torchrun", STATIC, one_each | meet_static(net, number)) for number in range(len(net.hosts))]
+    agents_of(net, net.hosts, commands)
     check_losses(tmp_path / "run", uninterrupted)
 
 
@@ -158,31 +178,26 @@ def test_four_hosts_by_launch(four, prepared, uninterrupted, tmp_path):
         check(launch, uninterrupted)
 
 
-@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
-def test_four_hosts_by_torchrun(rendezvous, four, prepared, uninterrupted, tmp_path):
+def meet_static(net: netns.Network, number: int) -> dict[str, str]:
+    """What the page's command for torchrun's static rendezvous is on one host."""
+    return {"--node-rank 0": f"--node-rank {number}", "10.0.0.1": net.address("h0")}
+
+
+def meet_c10d(net: netns.Network, number: int) -> dict[str, str]:
+    """The same for c10d: torchrun cannot tell by itself on which host it is, where names are loopback's."""
+    own = net.address(net.hosts[number])
+    return {"is_host=1": f"is_host={1 - min(number, 1)}", "--local-addr 10.0.0.1": f"--local-addr {own}",
+            "10.0.0.1": net.address("h0"), "29500": "29502"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("start", "meet"), [(STATIC, meet_static), (C10D, meet_c10d)], ids=["static", "c10d"])
+def test_four_hosts_by_torchrun(start, meet, four, prepared, uninterrupted, tmp_path):
     """With c10d the agents agree on the ranks, and the store is on the host that is told so."""
-    train = train_command(tmp_path, run_config(prepared, tmp_path / "run"))
-    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "4", "--nproc-per-node", "1"]
-    store = four.address("h0")
-    commands = [[*start, *MEET[rendezvous](store, number, four.address(host)), "-m", *train]
-                for number, host in enumerate(four.hosts)]  # fmt: skip
+    changes = config_file(tmp_path, run_config(prepared, tmp_path / "run"))
+    changes |= {"--nnodes 2": "--nnodes 4", "--nproc-per-node 4": ONE_EACH}
+    commands = [command_of("torchrun", start, changes | meet(four, number)) for number in range(len(four.hosts))]
     assert any("4 processes, data 4" in text for text in agents_of(four, four.hosts, commands))
     check_losses(tmp_path / "run", uninterrupted)
-
-
-def meet_static(store: str, number: int, own: str) -> list[str]:
-    """Arguments of torchrun's static rendezvous for one host."""
-    return ["--node-rank", str(number), "--master-addr", store, "--master-port", "29501"]
-
-
-def meet_c10d(store: str, number: int, own: str) -> list[str]:
-    """The same for c10d: torchrun cannot tell by itself on which host it is, where names are loopback's."""
-    conf = f"is_host={1 - min(number, 1)}"
-    return ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{store}:29502", "--rdzv-id", "four", "--rdzv-conf", conf,
-            "--local-addr", own]  # fmt: skip
-
-
-MEET = {"static": meet_static, "c10d": meet_c10d}
 
 
 @pytest.mark.parametrize("way", ["pdsh", "no_ssh"])
@@ -192,20 +207,30 @@ def test_deepspeed_with_a_hostfile(way, net, prepared, uninterrupted, tmp_path):
         pytest.skip("pdsh is not installed (Debian: apt-get install pdsh)")
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed: pip install 'shardwright[deepspeed]'")
-    hosts = netns.hosts_file(tmp_path / "hosts", net.hosts, 1)
-    raw = run_config(prepared, tmp_path / "run") | {"engine": "deepspeed", "parallel": {"zero": 1}}
-    start = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hosts), "--master_addr",
-             net.address("h0"), "--master_port", "29503"]  # fmt: skip
-    train = ["--module", *train_command(tmp_path, raw)]
-    ssh = tmp_path / "bin" / "ssh"  # deepspeed and pdsh take the ssh that they find, with options of their own
-    ssh.parent.mkdir()
-    ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {net.ssh_config} "$@"\n')
-    ssh.chmod(0o755)
-    more = {"DS_ACCELERATOR": "cpu", "PATH": f"{ssh.parent}:{os.environ['PATH']}"}
+    raw = run_config(prepared, tmp_path / "run") | {"parallel": {"zero": 1}}
+    changes = config_file(tmp_path, raw) | {"hosts": str(netns.hosts_file(tmp_path / "hosts", net.hosts, 1))}
+    more = {"DS_ACCELERATOR": "cpu", "PATH": net.path_with_ssh()}
     if way == "pdsh":
-        texts = agents_of(net, [netns.LOGIN], [[*start, *train]], **more)
+        texts = agents_of(net, [netns.LOGIN], [command_of("deepspeed", "deepspeed --hostfile hosts --module", changes)],
+                          **more)  # fmt: skip
     else:
-        commands = [[*start, "--no_ssh", "--node_rank", str(rank), *train] for rank in range(2)]
-        texts = agents_of(net, net.hosts, commands, **more)
+        changes |= {"node1": net.address("h0")}
+        start = "deepspeed --hostfile hosts --no_ssh"
+        numbers = [{"--node_rank 0": f"--node_rank {number}"} for number in range(2)]
+        texts = agents_of(net, net.hosts, [command_of("deepspeed", start, changes | own) for own in numbers], **more)
     assert any("2 processes, data 2" in text for text in texts), texts
+    check_losses(tmp_path / "run", uninterrupted)
+
+
+def test_mpirun_with_a_hostfile(net, prepared, uninterrupted, tmp_path):
+    """Over the real sshd; of this environment the hosts get what the page's command names."""
+    if shutil.which("mpirun") is None:
+        pytest.skip("mpirun is not installed (Debian: apt-get install openmpi-bin)")
+    changes = config_file(tmp_path, run_config(prepared, tmp_path / "run"))
+    changes |= {"hosts": str(netns.hosts_file(tmp_path / "hosts", net.hosts, 1)), "-n 8": "-n 2"}
+    changes |= {"10.0.0.1": net.address("h0"), "shardwright train": f"{sys.executable} -m shardwright train"}
+    root = dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
+    command = command_of("torchrun", "mpirun -n 8 --hostfile", changes)
+    (text,) = agents_of(net, [netns.LOGIN], [command], PATH=net.path_with_ssh(), OMP_NUM_THREADS="1", **root)
+    assert "2 processes, data 2" in text, text
     check_losses(tmp_path / "run", uninterrupted)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from shardwright.train.folder import FolderLock
 from shardwright.train.metrics import read_metrics
 from tests.equivalence import work
 from tests.equivalence.cells import LOSS, config, relative
@@ -76,6 +77,16 @@ def test_stopped_and_killed_and_the_same_curve(fault, prepared, uninterrupted, t
         assert launch.wait_line("attempt 2") == "attempt 2 (restart 1 of 3) 2 processes, from step_00000004"
         assert launch.finish() == 0, launch.text
         check(launch, uninterrupted)
+
+
+def test_a_folder_in_which_another_run_works_ends_the_launch_at_once(prepared, tmp_path):
+    raw = run_config(prepared, tmp_path / "run")
+    with FolderLock() as lock:
+        lock.take(tmp_path / "run")
+        with Launch(tmp_path, raw, "--nproc", "2") as launch:
+            assert launch.finish() == 2, launch.text
+    assert f"process {os.getpid()} trains in it; wait for it or stop it" in launch.text
+    assert [line for line in launch.lines if line.startswith(("attempt", "lost"))] == []
 
 
 def test_a_mistake_is_not_repeated_and_a_killed_launcher_leaves_nothing(prepared, tmp_path):

@@ -37,9 +37,9 @@ PY_SPY = shutil.which("py-spy", path=str(Path(sys.executable).parent)) or shutil
 
 
 @contextmanager
-def running(prepared, folder: Path, spoil: str = "none:-1:0", size: int = SIZE):
+def running(prepared, folder: Path, spoil: str = "none:-1:0", size: int = SIZE, **settings):
     """SIZE ranks of a run that goes on for ever; (process, mark, output). None is left."""
-    raw = config(prepared, folder / "run")
+    raw = config(prepared, folder / "run") | settings
     raw["train"] |= {"steps": 100_000}
     raw["batch"] = {"sequences": 4 * size, "micro": 2}
     raw["watch"] = {"every": "0.5s", "timeout": "6s"}
@@ -88,6 +88,33 @@ def test_a_loader_that_hangs(prepared, tmp_path):
     assert "fork_ranks.py" in page and "all_reduce: work.wait()" in page
 
 
+@pytest.mark.parametrize(
+    ("engine", "zero", "wait"),
+    [
+        ("native", 0, r"waits in all_reduce"),
+        ("native", 3, r"waits in \w+"),
+        ("deepspeed", 1, r"waits in \w+"),
+        ("deepspeed", 3, r"waits in \w+"),
+        ("accelerate", 0, r"is in the backward pass of step 5 at micro-batch 2"),
+        ("accelerate", 3, r"waits in \w+"),
+    ],
+)
+def test_a_layer_that_hangs_under_each_engine(engine, zero, wait, prepared, tmp_path):
+    """In the last micro-batch, where the other rank is at the same place but for the direction."""
+    if engine != "native":
+        pytest.importorskip(engine, reason=f"not installed: pip install 'shardwright[{engine}]'")
+    settings = {"engine": engine, "parallel": {"zero": zero}}
+    with running(prepared, tmp_path, "stick:1:4", **settings) as (process, mark, output):
+        assert process.wait(START_S) == 0, output.read_text()
+        wait_for(lambda: not marked(mark), 10)
+    begins = (
+        r"shardwright: stalled: rank 1 on \S+ \(pid \d+\) is in step 5 at micro-batch 2 since \d+ s, "
+        rf"at sequences 32 to 39; the other 1 {wait}; all stacks in \S+\.html$"
+    )
+    assert re.match(begins, stalled(output)), output.read_text()
+    assert "fork_ranks.py" in page_of(tmp_path).partition("==== rank 0\n")[0]
+
+
 def test_a_rank_that_is_stopped(prepared, tmp_path):
     with running(prepared, tmp_path) as (process, _, output):
         metrics = tmp_path / "run" / "metrics.jsonl"
@@ -128,8 +155,21 @@ def test_an_exception_of_one_rank_is_kept_and_replayed(prepared, tmp_path, monke
     assert again.text.startswith("reproduced: step 4: ArithmeticError: a kernel gave up, in blocks.0.mlp; batch bit-eq")
 
 
-def test_a_stop_of_several_ranks_is_replayed_by_one(prepared, tmp_path):
-    """A NaN in a weight of the checkpoint that two tensor-parallel ranks go on from, neither of which has it whole."""
+STOPPED = {
+    "tensor": {"parallel": {"tensor": 2}},
+    "pipeline": {"parallel": {"pipeline": 2}},
+    "zero_bubble": {"parallel": {"pipeline": 2, "schedule": "zbv"}},
+    "context": {"parallel": {"context": 2}},
+    "deepspeed": {"engine": "deepspeed", "parallel": {"zero": 3}},
+    "accelerate": {"engine": "accelerate", "parallel": {"zero": 0}},
+}
+
+
+@pytest.mark.parametrize("layout", STOPPED)
+def test_a_stop_of_several_ranks_is_replayed_by_one(layout, prepared, tmp_path):
+    """A NaN in a weight of the checkpoint that two ranks go on from, neither of which may have it whole."""
+    if "engine" in STOPPED[layout]:
+        pytest.importorskip(layout, reason=f"not installed: pip install 'shardwright[{layout}]'")
     raw = config(prepared, tmp_path / "run")
     raw["train"] |= {"steps": 4}
     raw |= {"checkpoint": {"every": 2, "keep_last": 9}, "guard": {"nonfinite": "stop"}, "schedule": {"warmup_steps": 1}}
@@ -137,14 +177,15 @@ def test_a_stop_of_several_ranks_is_replayed_by_one(prepared, tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
     shutil.rmtree(checkpoints / "step_00000004")
     plant(tmp_path / "run", "blocks.1.mlp.down.weight")
-    raw["parallel"] = {"tensor": 2}
+    raw |= STOPPED[layout]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
     command = [sys.executable, fork_ranks.__file__, "2", str(free_port()), str(tmp_path / "config.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=START_S)
     assert "rank 0 ended with 1" in done.stdout and "rank 1 ended with 1" in done.stdout, done.stderr
     folder = tmp_path / "run" / "capsules" / "step_00000003"
-    assert not (folder / "rank_00001.safetensors").exists(), "both ranks read the same"
+    both = (folder / "rank_00001.safetensors").exists()
+    assert both is ("engine" in STOPPED[layout]), "ranks of one data index read the same, which is kept once"
     assert Capsule.read(folder).weights["path"] == "../../checkpoints/step_00000002"
     answer = replay(folder)
     assert answer.reproduced and answer.module == "blocks.1.mlp.down (forward), micro-batch 0", answer.text

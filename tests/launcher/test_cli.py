@@ -99,6 +99,7 @@ def test_mistakes(tmp_path, prepared, trained, capsys):
     refused(capsys, "train", ".", says=".: is a folder, not a config file; shipped configs:")
     refused(capsys, "train", "debug/gpt2", data, "train=5", says="train: got 5 (int); expected a section of keys")
     refused(capsys, "train", "debug/gpt2", data, "data.allow=[pips]", "--dry-run", says="data.allow.0: got 'pips'")
+    refused(capsys, "train", "debug/gpt2", "run=https://u:pw@x/y", "--dry-run", says="run: holds a password or")
     refused(capsys, "generate", str(tmp_path), says="neither a run folder nor a checkpoint")
     refused(capsys, "generate", str(trained), "--prompt", "ab\udcff", says="prompt: character 3 is no valid UTF-8")
     refused(capsys, "generate", str(trained), "--seed", str(2**64), says="seed=18446744073709551616: expected 0 to")

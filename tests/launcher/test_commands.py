@@ -1,7 +1,8 @@
 """The commands of the pages on launchers, as they stand there, run for real.
 
 A tiny config takes the place of theirs, two processes that of theirs, and a new folder that of the run. A command that
-cannot be run here is named in ELSEWHERE with the test that runs it; a new one on a page is run by itself.
+takes several hosts is named in ELSEWHERE with the test that runs it, which asks for its words by `command_of` where no
+fault is planted in it; a new one on a page is run by itself.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import metadata
 from pathlib import Path
 
@@ -24,12 +26,15 @@ from tests.ranks import VARIABLES, free_port
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("single-device", "torchrun", "launch", "deepspeed", "accelerate")
 ELSEWHERE = {
-    "torchrun --nnodes 2": "tests/faults/test_hosts.py, on two and on four hosts",
-    "deepspeed --hostfile": "tests/faults/test_hosts.py::test_deepspeed_with_a_hostfile",
-    "mpirun -n 8 --hostfile": "tests/launcher/test_world.py (the variables that it leaves)",
-    "shardwright import --deepspeed": "tests/train/engines/test_import.py",
-    "shardwright launch --doctor --hosts": "tests/launcher/test_cluster.py, on this host",
-    "shardwright launch --hosts": "tests/faults/test_hosts.py and test_elastic.py",
+    "torchrun --nnodes 2 --node-rank": "tests/faults/test_hosts.py::test_torchrun_finds_the_interface",
+    "torchrun --nnodes 2 --nproc-per-node": "tests/faults/test_hosts.py::test_four_hosts_by_torchrun",
+    "deepspeed --hostfile hosts --module": "tests/faults/test_hosts.py::test_deepspeed_with_a_hostfile",
+    "deepspeed --hostfile hosts --no_ssh": "tests/faults/test_hosts.py::test_deepspeed_with_a_hostfile",
+    "mpirun -n 8 --hostfile": "tests/faults/test_hosts.py::test_mpirun_with_a_hostfile",
+    "shardwright import --deepspeed": "tests/train/engines/test_import.py::test_a_deepspeed_folder_becomes_a_run",
+    "shardwright launch --doctor --hosts": "tests/faults/test_cluster_hosts.py::test_launch_doctor_over_ssh",
+    "shardwright launch --hosts hosts configs": "tests/faults/test_hosts.py::test_over_ssh_and_the_connection_dies",
+    "shardwright launch --hosts hosts --min-nodes": "tests/faults/test_elastic.py::test_four_then_two_then_four",
 }
 #: Options whose number of processes is made 2.
 PROCESSES = ("--nproc", "--nproc-per-node", "--num_gpus", "--num_processes", "-n")
@@ -51,6 +56,26 @@ def commands(page: str) -> list[str]:
 
 
 CASES = [(page, command) for page in PAGES for command in commands(page)]
+
+
+def command_of(page: str, start: str, changes: Mapping[str, str]) -> list[str]:
+    """Words of the one command of a page that begins so, with other words in the place of some; run from here.
+
+    AssertionError where the page has it no more, or not as it is to be changed.
+    """
+    (line,) = [command for command in commands(page) if command.startswith(start)]
+    for old, new in changes.items():
+        parts = re.split(rf"(?<![\w./-]){re.escape(old)}(?![\w./-])", line)
+        assert len(parts) > 1, f"{old!r} is not in: {line}"
+        line = new.join(parts)
+    program, *words = shlex.split(line, comments=True)
+    return [sys.executable, *MODULES[program], *words] if program in MODULES else [program, *words]
+
+
+def is_there(test: str) -> bool:
+    """Whether a file has a test of that name."""
+    file, _, name = test.partition("::")
+    return (ROOT / file).is_file() and f"\ndef {name}(" in (ROOT / file).read_text("utf-8")
 
 
 def tiny(words: list[str], folder: Path, prepared: Path) -> list[str]:
@@ -85,7 +110,7 @@ def has_extra(text: str) -> bool:
 def test_a_command_of_a_page(page, command, bundled, prepared, tmp_path):
     known = [test for words, test in ELSEWHERE.items() if command.startswith(words)]
     if known:
-        assert all((ROOT / file).is_file() for file in re.findall(r"tests/[\w/]+\.py", known[0]))
+        assert is_there(known[0])
         pytest.skip(f"run by {known[0]}")
     program, *words = shlex.split(command, comments=True)
     if program == "pip":
@@ -106,7 +131,8 @@ def test_a_command_of_a_page(page, command, bundled, prepared, tmp_path):
     else:
         words = tiny(words, tmp_path, prepared)
     if program == "mpirun":
-        words = ["--oversubscribe", "--allow-run-as-root", *words[:2], sys.executable, "-m", *words[2:]]
+        own = words.index("shardwright")
+        words = ["--oversubscribe", "--allow-run-as-root", *words[:own], sys.executable, "-m", *words[own:]]
     start = [program] if program == "mpirun" else [sys.executable, *MODULES[program]]
     port = {"accelerate": ["--main_process_port", str(free_port())], "deepspeed": ["--master_port", str(free_port())]}
     if program == "accelerate":

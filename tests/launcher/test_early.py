@@ -1,5 +1,7 @@
-"""Signals that come before training begins: one line, and the exit code of the signal."""
+"""Signals that come before training begins: one line, and the exit code of the signal; and after it has ended: none."""
 
+import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 
 from shardwright.launcher.cli import run
 from shardwright.launcher.early import leaving_at_once
+from tests.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,6 +29,35 @@ def test_a_signal_while_torch_is_imported(name: str, code: int, tmp_path: Path) 
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (code, "")
     assert errors == f"shardwright: interrupted by {name} while no step was under way; nothing to save\n"
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_signals_after_the_last_save_change_nothing(size: int, prepared: Path, tmp_path: Path) -> None:
+    """Until the process is gone: with several, torch has meshes to forget; each has its modules to unload."""
+    command = [sys.executable, "-m", "shardwright", "train", "debug/gpt2", f"data.path={prepared}", "train.steps=2"]
+    command += [f"run={tmp_path / 'run'}", "train.device=cpu"]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    world |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    ranks = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)] if size > 1 else [{}]
+    started = [
+        subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, **variables})
+        for variables in ranks
+    ]
+    try:
+        first, *others = started
+        assert first.stderr is not None
+        said = list(itertools.takewhile(lambda line: "done: " not in line, first.stderr))
+        for process in others:  # may not be quite as far
+            process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        while first.poll() is None and time.monotonic() < deadline:
+            first.send_signal(signal.SIGTERM)
+            time.sleep(0.001)
+        assert [process.wait(60) for process in started] == [0] * size, "".join(said)
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
 
 
 def test_handlers_are_given_back() -> None:

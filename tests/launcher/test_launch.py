@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from shardwright.config import ConfigError, RunError
+from shardwright.launcher.attempt import Attempt
 from shardwright.launcher.hosts import Host, Link, keeper_command, read_hosts
 from shardwright.launcher.launch import Options, build_hosts, build_job, launch, passed_on
 from shardwright.launcher.network import bind, choose_interface, find_route, find_way_out
-from shardwright.launcher.supervise import Attempt, Supervisor, _Stopped, first_code, how
+from shardwright.launcher.supervise import Supervisor, _Stopped
+from shardwright.launcher.words import first_code, how
 from shardwright.launcher.world import Place
 
 CONFIG = "debug/gpt2"
@@ -42,6 +44,12 @@ def test_a_hosts_file(tmp_path):
     assert third == Host("node3")
 
 
+def test_brackets_of_an_ipv6_address_are_taken_off(tmp_path):
+    """ssh would look for a host of that name."""
+    first, second = read_hosts(written(tmp_path, "me@[fd00::1] slots=8\nnode2 address=[fd00::2]\n"))
+    assert (first.name, first.meets_at, second.meets_at) == ("me@fd00::1", "fd00::1", "fd00::2")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -53,6 +61,10 @@ def test_a_hosts_file(tmp_path):
         ("-oProxyCommand=id", "is no host name"),
         ("node1\nlocalhost", "localhost is this machine only"),
         ("node1\n127.0.0.1 slots=1", "127.0.0.1 is this machine only"),
+        ("node1\n[::1] slots=1", "::1 is this machine only"),
+        ("[fd00::1]:22", r"'\[fd00::1\]:22' is no host name; expected such as fd00::1 slots=8 port=2222"),
+        ("node1\nnode2 address=fe80::2%eth0", "fe80::2%eth0 is known on one link of one host only; give another"),
+        ("fd00::1\n[fd00::1]", "line 2: fd00::1 stands twice"),
     ],
 )
 def test_a_hosts_file_that_is_wrong(text, words, tmp_path):
@@ -120,6 +132,16 @@ def test_ranks_that_end_by_the_signal_for_a_returning_host_are_no_loss():
     assert supervisor._conclude(attempt) == 1
     attempt.asked = "the return of a host"
     assert supervisor._conclude(attempt) is None
+
+
+@pytest.mark.parametrize(("code", "ends"), [(2, 2), (1, None), (-signal.SIGKILL, None)])
+def test_a_refusal_is_not_started_again(code, ends):
+    supervisor = Supervisor(build_job(CONFIG, [], Options()))
+    attempt = Attempt([Link(host, SimpleQueue(), []) for host in supervisor.job.hosts])
+    rank = {"rank": 0, "local_rank": 0, "pid": 7, "code": code}
+    attempt.ended[attempt.links[0]] = {"code": 1, "ours": False, "stopped": 0, "first": 0, "failures": {"0": rank}}
+    assert supervisor._conclude(attempt) == ends
+    assert supervisor.restarts == (ends is None)
 
 
 def test_a_signal_before_ranks_are_started_ends_the_launch():

@@ -37,6 +37,18 @@ def test_what_is_listed_for_a_config_is_what_would_start(capsys):
     assert {(4, 1, 1, 1), (2, 1, 2, 1), (1, 4, 1, 1), (1, 1, 2, 2)} <= degrees
 
 
+@pytest.mark.parametrize("engine", ["deepspeed", "accelerate"])
+def test_an_engine_is_offered_what_it_carries(engine, capsys):
+    asked = [*DEBUG, f"engine={engine}", "parallel.tensor=2"]
+    found = json.loads(answer(capsys, "layouts", *asked, "--world", "4", "--limit", "1000", "--json"))
+    assert found["refusals"] and f"engine={engine}: carries data parallelism" in found["refusals"][0]
+    degrees = {(x["data"], x["context"], x["tensor"], x["pipeline"]) for x in found["nearest"] + found["layouts"]}
+    assert degrees == {(4, 1, 1, 1)} and {x["zero"] for x in found["layouts"]} == {0, 1, 2, 3}
+    for layout in found["layouts"]:
+        settings = [f"parallel.{key}={json.dumps(value)}" for key, value in layout.items()]
+        assert refusals(build_facts(read_config(DEBUG[0], [*asked[1:], *settings]), 4)) == [], layout
+
+
 def test_the_listed_words_are_settings_of_a_command(capsys):
     text = answer(capsys, "layouts", *DEBUG, "--world", "2", "--limit", "3")
     start = text.index("as config keys:")

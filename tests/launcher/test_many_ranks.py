@@ -16,8 +16,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from shardwright.checkpoint.integrity import rank_path
 from shardwright.config import ParallelConfig
 from shardwright.data.order import Plan
+from shardwright.launcher.attempt import Attempt, Job
 from shardwright.launcher.hosts import Link, read_hosts
-from shardwright.launcher.supervise import Attempt, Job, Supervisor
+from shardwright.launcher.supervise import Supervisor
 from shardwright.launcher.world import enter_world
 from shardwright.parallel.mesh import AXES, World, build_world, mesh_shape
 from shardwright.train.capsule import batch_path

@@ -111,6 +111,15 @@ def test_one_task_of_a_job_of_many_is_meant():
     assert place is not None and place.size == 1
 
 
+def test_two_jobs_of_mpirun_on_one_host_meet_at_ports_of_their_own():
+    found = []
+    for job in ("1318125569", "2635661313"):
+        entered = OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "8", "PMIX_NAMESPACE": job}
+        enter_world(entered)
+        found.append(int(entered["MASTER_PORT"]))
+    assert found[0] != found[1] and all(20000 <= port < 30000 for port in found)
+
+
 def test_one_host_may_meet_at_loopback():
     entered = OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}
     enter_world(entered)

@@ -19,7 +19,7 @@ from shardwright.parallel.proposals import (
     fitting_layouts,
     nearest_layouts,
 )
-from shardwright.parallel.refusals import ROWS, Facts, layout_warnings, refusals, table
+from shardwright.parallel.refusals import ROWS, Facts, is_fixed, layout_warnings, refusals, table
 from shardwright.parallel.stages import SCHEDULES
 
 GPT2 = Facts(
@@ -133,9 +133,11 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"engine": "accelerate", "context": 2, "pipeline": 2}, "engine=acc.* not parallel.pipeline=2 and p"),
     ],
     "deepspeed fp16": [({"engine": "deepspeed", "precision": "fp16", "data": 2}, "precision.compute=fp16: ")],
-    "engine's formats": [
+    "engine's float64": [
         ({"engine": "deepspeed", "precision": "fp64", "data": 2}, "precision.compute=fp64: engine=deepspeed "),
         ({"engine": "accelerate", "precision": "fp64", "data": 2}, "precision.compute=fp64: engine=accelerate "),
+    ],
+    "engine's formats": [
         ({"engine": "deepspeed", "precision": "bf16", "data": 2, "zero": 0}, "parallel.zero=0: .* parallel.zero=1"),
         ({"engine": "accelerate", "precision": "bf16", "data": 2, "zero": 0}, "parallel.zero=0: .* parallel.zero=1"),
     ],
@@ -203,7 +205,8 @@ def test_a_row_refuses_what_it_names(name: str, changed: dict[str, Any], reason:
     facts = make(**changed)
     broken = {row.name: said for row in ROWS if (said := row.check(facts))}
     assert list(broken) == [name]
-    with pytest.raises(ConfigError, match=f"^{reason}.*; (nearest that fit: |no other layout)") as error:
+    proposes = "" if is_fixed(facts) else "; (nearest that fit: |no other layout)"
+    with pytest.raises(ConfigError, match=f"^{reason}.*{proposes}") as error:
         check_layout(facts)
     assert "\n" not in str(error.value)
     assert str(error.value).startswith(broken[name])
@@ -266,8 +269,26 @@ def test_a_layout_that_fits_is_its_own_nearest() -> None:
 
 
 def test_where_nothing_fits_it_is_said() -> None:
+    compiled = {"compile": True, "zero": 3, "parameter_place": "cpu"}
     with pytest.raises(ConfigError, match="; no other layout of a world of 1 fits$"):
-        check_layout(make(offload=True))
+        check_layout(make(engine="deepspeed", **compiled))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"offload": True},
+        {"engine": "accelerate", "precision": "fp64"},
+        {"engine": "deepspeed", "precision": "fp16"},
+        {"engine": "deepspeed", "optimizer": "lamb"},
+    ],
+    ids=str,
+)
+def test_no_layout_is_proposed_where_none_could_mend_it(changed: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="; use [^;]*$") as error:
+        check_layout(make(**changed))
+    assert "fit" not in str(error.value)
+    assert nearest_layouts(make(**changed)) == []
 
 
 def test_a_large_world_is_searched_in_time() -> None:

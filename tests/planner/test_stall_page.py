@@ -57,6 +57,18 @@ def test_of_ranks_that_all_wait_the_one_furthest_back_is_named():
     assert alike.startswith("all 8 ranks stand still since 312 s, waiting in all_reduce, in step 6")
 
 
+def test_of_one_micro_batch_a_forward_pass_is_further_back_than_a_backward_pass():
+    """Ranks under DDP wait for each other within C++, where no frame of Python's names a collective."""
+    waiting = dataclasses.replace(word(0, collective=None), backward=True)
+    held = word(2, collective=None)
+    found = stall(*(held if rank == 2 else dataclasses.replace(waiting, rank=rank) for rank in range(8)))
+    assert found.verdict == (
+        "rank 2 on node0 (pid 102) is in step 6 at micro-batch 2 since 312 s, at sequences 40 to 47; "
+        "the other 7 are in the backward pass of step 6 at micro-batch 2"
+    )
+    assert (found.state(0), found.state(2)) == ("in the backward pass", "stands still")
+
+
 def test_ranks_of_one_process_and_ranks_that_left():
     alone = Stall("r", 1, {0: word(0, phase="save", collective=None)}, now=NOW)
     assert alone.verdict == "rank 0 on node0 (pid 100) is saving a checkpoint after step 5 since 312 s"
@@ -78,6 +90,9 @@ def test_ranks_are_joined():
         ([("x/torch/distributed/pipelining/schedules.py", "_wait_batch_p2p")], "send and receive"),
         ([("model/attention.py", "forward"), ("x/torch/distributed/pipelining/schedules.py", "step")], None),
         ([("x/python3.11/queue.py", "get"), ("shardwright/data/loader.py", "__next__")], None),
+        ([("x/deepspeed/utils/nvtx.py", "wrapped_fn"), ("x/deepspeed/runtime/zero/partition_parameters.py", "wait"),
+          ("x/deepspeed/runtime/zero/partitioned_param_coordinator.py", "fetch_sub_module")], "a collective"),
+        ([("x/deepspeed/runtime/zero/linear.py", "forward"), ("model/layers.py", "forward")], None),
     ],
 )  # fmt: skip
 def test_a_collective_is_known_by_its_innermost_frame(frames, found):

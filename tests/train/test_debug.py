@@ -30,6 +30,22 @@ def test_a_debug_run_is_the_run_in_one_process(prepared, tmp_path):
     assert relative(mine["loss"], expected["loss"]) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["engine=deepspeed", "parallel.zero=3", "deepspeed.offload_parameters=cpu", "parallel.offload=true"],
+        ["engine=accelerate", "parallel.zero=3", "parallel.offload=true"],
+    ],
+    ids=["deepspeed", "accelerate"],
+)
+def test_a_run_of_another_engine_is_debugged_natively(settings, prepared, tmp_path, caplog):
+    raw = config(prepared, tmp_path / "run")
+    found = room.debug_config(read_config(raw, [*settings, "parallel.data=4"]))
+    assert (found.engine, found.deepspeed.offload_parameters, found.parallel.zero) == ("native", "none", 1)
+    room.debug(read_config(raw, [*settings, "parallel.data=4"]))
+    assert "the layout was data=4 on 4 processes" in caplog.text
+
+
 def test_small_shapes_and_a_folder_for_each(prepared, tmp_path):
     raw = config(prepared, tmp_path / "run")
     (tmp_path / "run-debug" / "1").mkdir(parents=True)

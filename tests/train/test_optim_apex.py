@@ -1,6 +1,7 @@
 """Finding NVIDIA apex, telling it from PyPI's package of that name, and handing over to it; its kernels need a GPU."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 
 from shardwright.config import ConfigError, OptimizerConfig
 from shardwright.train.optim import apex, build_optimizer
+from shardwright.train.run import train
+from shardwright.train.verify import verify
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ADAM = """
@@ -75,6 +78,20 @@ def test_missing_apex_is_not_asked_of_pypi():
     assert not apex.wants_apex("optimizer.fused", "auto", GPU) and not apex.wants_apex("optimizer.fused", "torch", GPU)
     with pytest.raises(ConfigError, match=r"optimizer\.fused=apex: .* not on PyPI.*github.com/NVIDIA/apex"):
         apex.wants_apex("optimizer.fused", "apex", GPU)
+
+
+@pytest.mark.parametrize("key", ["optimizer.fused", "train.fused_norms"])
+def test_a_run_that_names_it_is_refused_before_it_leaves_a_folder(key, tiny):
+    config = tiny(f"{key}=apex")
+    with pytest.raises(ConfigError, match=f"^{key}=apex: "):
+        train(config)
+    assert not Path(config.run).exists()
+    with pytest.raises(ConfigError, match=f"^{key}=apex: "):
+        verify(config)
+
+
+def test_a_key_that_an_optimizer_does_not_read_is_no_reason(tiny):
+    apex.check_apex(tiny("optimizer.fused=apex", "optimizer.name=sgd"))
 
 
 def test_the_package_of_that_name_on_pypi_is_told_apart(unrelated):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardwright.checkpoint import find_newest
+from shardwright.checkpoint import CheckpointError, find_newest
 from shardwright.config import ConfigError, RunError, to_yaml
 from shardwright.train.load import load
 from shardwright.train.metrics import read_metrics
@@ -315,6 +315,9 @@ def test_the_last_evaluation_is_there_once_whatever_was_lost(tiny):
     newest, _ = find_newest(Path(config.run) / "checkpoints")
     shutil.rmtree(newest)
     assert train(config) == first
+    for text in ("", "{}", "[1]", '{"of": "another version"}'):
+        (Path(config.run) / "result.json").write_text(text)
+        assert train(config) == first
     assert [r["step"] for r in read_metrics(Path(config.run)) if "val_loss" in r] == [6]
 
 
@@ -331,6 +334,15 @@ def test_training_from_a_url(tiny, prepared, tmp_path):
     local = tiny(f"run={tmp_path / 'local'}")
     train(local)
     assert losses(remote.run) == losses(local.run)
+
+
+def test_training_through_a_pipe_that_is_allowed(tiny, prepared, tmp_path):
+    piped = (f"data.path=pipe:cat {prepared}", f"data.cache={tmp_path / 'cache'}", f"run={tmp_path / 'piped'}")
+    with pytest.raises(ConfigError, match=r"runs a command; allow it with data\.allow=\[pipe\]"):
+        train(tiny(*piped))
+    allowed, local = tiny(*piped, "data.allow=[pipe]"), tiny(f"run={tmp_path / 'local'}")
+    assert train(allowed).val_loss == train(local).val_loss
+    assert losses(allowed.run) == losses(local.run)
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -430,12 +442,32 @@ def test_a_second_process_is_kept_out_of_a_run_folder(tiny, tmp_path):
     process = _start(path)
     try:
         _wait_for(lambda: len(losses(config.run)) >= 2, process)
-        with pytest.raises(RunError, match=f"{config.run}: process {process.pid} trains in it; wait for it or stop it"):
+        with pytest.raises(ConfigError, match=f"{config.run}: process {process.pid} trains in it; wait for it or"):
             train(config)
     finally:
         process.kill()
         process.wait(30)
     _train_until(config, 1)  # the lock has died with its process
+
+
+def test_a_save_that_failed_in_the_background_ends_the_run_before_the_next_save(tiny, monkeypatch):
+    from shardwright.train import run as module
+
+    every = 200
+    config = tiny(f"checkpoint.every={every}", "train.steps=400")
+
+    class Broken(module.Run):
+        def _after_step(self) -> None:
+            if self.position.step == every:
+                folder = Path(config.run) / "checkpoints"
+                folder.rmdir()
+                folder.write_text("")
+            super()._after_step()
+
+    monkeypatch.setattr(module, "Run", Broken)
+    with pytest.raises(CheckpointError, match=f"step {every} was not saved"):
+        train(config)
+    assert every <= max(losses(config.run)) < 2 * every - 1
 
 
 def test_a_run_folder_that_cannot_be_made(tiny, tmp_path):

@@ -47,3 +47,16 @@ def test_the_sigterm_that_follows_sigusr1_does_not_break_the_save():
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == "SIGUSR1"
+
+
+@pytest.mark.parametrize("first", [[], [signal.SIGTERM]])
+def test_when_all_is_saved_signals_change_nothing(first):
+    told = []
+    with Signals(lambda: told.append(True)) as signals:
+        for number in first:
+            os.kill(os.getpid(), number)
+        received = signals.received
+        signals.settle()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert signals.received == received and told == [True]

@@ -195,6 +195,15 @@ def test_what_cannot_run_is_refused(raw):
         verify(read_config(raw), number_format="fp8")
 
 
+@pytest.mark.parametrize("engine", ["deepspeed", "accelerate"])
+def test_float64_is_not_asked_of_an_engine_that_has_none(engine, raw):
+    config = read_config(raw, [f"engine={engine}"])
+    with pytest.raises(ConfigError, match=rf"^--format=fp64: engine={engine} has no float64; .* works: --format=fp32"):
+        verify(config, number_format="fp64")
+    alone, spread = comparable(config, "fp32")
+    assert (alone.engine, spread.engine, spread.precision.compute) == ("native", engine, "fp32")
+
+
 # ------------------------------------------------------------------------------------------ verdicts and command
 
 

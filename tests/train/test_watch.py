@@ -98,8 +98,8 @@ def test_what_moves_is_not_still_and_a_pause_of_the_watcher_does_not_count(monke
 
 
 def test_stacks_have_the_main_thread_first_and_the_line():
-    stacks, collective = read_stacks()
-    assert stacks[0].thread == "MainThread" and collective is None
+    stacks, collective, backward = read_stacks()
+    assert stacks[0].thread == "MainThread" and collective is None and not backward
     assert any("test_stacks_have_the_main_thread" in frame for frame in stacks[0].frames)
 
 

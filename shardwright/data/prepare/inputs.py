@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +90,8 @@ def list_inputs(named: list[str], output: Path | None = None, attempts: int | No
     for item in named:
         if item.startswith("bundled:"):
             files.append(_bundled(item))
+        elif item.startswith("pipe:"):
+            raise ConfigError(f"{item}: pipe: URLs are for shards; run the command and give the file that it writes")
         elif item.startswith("hf:"):
             files.append(InputFile(item, item, None, None))
         elif "://" in item:
@@ -112,7 +115,7 @@ def _local(item: str, output: Path | None) -> list[InputFile]:
     if (path / "dataset_dict.json").is_file() or all((path / n).is_file() for n in ("state.json", "dataset_info.json")):
         raise ConfigError(f"{item}: is a data set that Hugging Face's save_to_disk wrote; give it as hf:{item}")
     if path.is_dir():
-        found = _known(item, (p for p in sorted(path.rglob("*")) if not _hidden(p.relative_to(path))))
+        found = _known(item, sorted(_below(path)))
         root = path
     elif path.exists():
         found, root = [path], path.parent
@@ -127,6 +130,31 @@ def _local(item: str, output: Path | None) -> list[InputFile]:
     return [_describe(p, root) for p in found]
 
 
+def _below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder that is not hidden, those of linked folders too; ConfigError for what cannot be listed.
+
+    pathlib would pass over linked folders, and over folders without permission, in silence.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"{error.filename}: cannot be listed: {error.strerror}; mend that or take it out")
+
+    own, linked = Path(folder).resolve(), set[Path]()
+
+    def is_new(path: Path) -> bool:
+        """Whether a folder is reached by no other way: links may lead back, or twice to one place."""
+        if not path.is_symlink():
+            return True
+        real = path.resolve()
+        fresh = real not in linked and own not in (real, *real.parents)
+        linked.add(real)
+        return fresh
+
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [f for f in sorted(folders) if not _hidden(f) and is_new(Path(place, f))]
+        yield from (Path(place, name) for name in names if not _hidden(name))
+
+
 def _describe(path: Path, root: Path) -> InputFile:
     if not os.access(path, os.R_OK):
         raise ConfigError(f"{path}: no permission to read it")
@@ -139,6 +167,10 @@ def _known(item: str, paths: Any) -> list[Path]:
 
     Folders that prepare wrote are no text and are passed over.
     """
+    paths = list(paths)
+    for path in paths:
+        if format_of(path.name) and not path.exists():
+            raise ConfigError(f"{path}: is a link to a file that is not there; restore that or take the link out")
     files = [p for p in paths if p.is_file()]
     prepared = {p.parent for p in files if p.name == "manifest.json" and FORMAT.encode() in p.read_bytes()}
     files = [p for p in files if prepared.isdisjoint(p.parents)]
@@ -152,8 +184,8 @@ def _known(item: str, paths: Any) -> list[Path]:
     return known
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+def _hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX"))
 
 
 def _fixed_part(pattern: str) -> str:

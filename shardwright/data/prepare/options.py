@@ -11,9 +11,9 @@ import json
 import re
 from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
-from shardwright.config import Strict, free, meaning, without_secret
+from shardwright.config import Strict, free, meaning
 from shardwright.data.prepare.inputs import readable
 
 FREE = {"output", "workers", "engine", "ray_address", "on_error"}  # what has no say in the bytes of the result
@@ -112,6 +112,9 @@ class PrepareConfig(Strict):
     members: str | None = meaning(
         None, "Members of a tar to read: an ending, as .txt, or a pattern; null takes those whose endings tell a format"
     )
+    allow: list[Literal["pickle"]] = meaning(
+        [], "Members of a tar that run code when read, refused unless named: 'pickle'"
+    )
     documents: Literal["file", "line", "paragraph"] = meaning(
         "file", "What a document is in plain text: a whole file, a line, or lines up to a blank one"
     )
@@ -156,13 +159,6 @@ class PrepareConfig(Strict):
                 "start the command on a machine of the cluster"
             )
         return self
-
-    @field_validator("input")
-    @classmethod
-    def _no_secrets(cls, places: list[str]) -> list[str]:
-        for place in places:
-            without_secret(place)
-        return places
 
     def recipe(self) -> dict[str, Any]:
         """All that decides about the bytes of the result, as plain JSON values, for the manifest."""

@@ -20,9 +20,10 @@ from shardwright.config import ConfigError, RunError
 from shardwright.data.prepare import archives
 from shardwright.data.prepare.inputs import InputFile, format_of, has_ending, is_remote, readable, unpacked
 from shardwright.data.prepare.options import PrepareConfig
+from shardwright.data.prepare.pickled import pickled_records
 from shardwright.data.prepare.records import BROKEN, END, JSON, TEXT, VALUE, BrokenInput, Found, Record, which_text
 from shardwright.data.prepare.streams import BUFFER, Tally, broken_streams, open_raw, uncompress
-from shardwright.data.remote import check_member
+from shardwright.data.remote import check_member, is_pickled
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -131,6 +132,8 @@ class Reader:
             yield from self._csv(stream, inside, "\t" if kind == "tsv" else ",")
         elif kind == "parquet":
             yield from self.parquet(io.BytesIO(stream.read()), inside)
+        elif kind == "pickle":
+            yield from self._pickle(stream, inside)
         else:
             read = archives.read_warc if kind == "warc" else archives.read_wikipedia
             for number, found in read(stream):
@@ -143,6 +146,8 @@ class Reader:
             return "tar"
         if is_member and not self._is_chosen(name):
             return None
+        if is_member and is_pickled(name):  # and allowed, or it would not be read
+            return "pickle"
         if self.config.format != "auto":
             return self.config.format
         if head.startswith(b"WARC/"):
@@ -187,9 +192,12 @@ class Reader:
         """Records of one member; where it is broken by itself, reading goes on with the next."""
         try:
             if self._is_chosen(name):
-                check_member(name, inside)
+                check_member(name, inside, self.config.allow)
         except ConfigError:
-            reason = "is a pickle, which can run code when read; take it out of the tar or say which members= to read"
+            reason = (
+                "is a pickle, which can run code when read; take it out of the tar, say which members= to read, or "
+                "allow it with allow=[pickle] if you trust whoever made it"
+            )
             yield Found(f"{inside}{name}", BROKEN, reason)
             return
         try:
@@ -277,6 +285,16 @@ class Reader:
         for number, item in enumerate(items, 1):
             self.where = f"{inside}item {number}"
             yield Found(self.where, JSON, json.dumps(item).encode())
+
+    def _pickle(self, stream: io.BufferedReader, inside: str) -> Iterator[Found]:
+        data = stream.read(self.limit + 1)
+        if len(data) > self.limit:
+            yield Found(f"{inside}start", BROKEN, self._too_long())
+            return
+        field = None if self.every_field else self.config.text_field
+        for number, found in enumerate(pickled_records(data, field, inside), 1):
+            self.where = f"{inside}item {number}"
+            yield Found(self.where, *found)
 
     def _csv(self, stream: io.BufferedReader, inside: str, delimiter: str) -> Iterator[Found]:
         # Bytes that are not UTF-8 travel as lone surrogates and are found, with their record, when it is cleaned.
@@ -370,7 +388,9 @@ class Reader:
 def _row(batch: Any, row: int, steps: list[str]) -> tuple[str, Any]:
     """(kind, data) of a row of a Parquet batch: the value that `steps` lead to, or without any a list of all."""
     try:
-        values = [batch.column(number)[row].as_py() for number in range(batch.num_columns)]
+        # By name: a choice of `text` brings a column called `text.language` as well.
+        chosen = [batch.schema.get_field_index(steps[0])] if steps else range(batch.num_columns)
+        values = [batch.column(number)[row].as_py() for number in chosen]
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         return BROKEN, f"not valid UTF-8: 0x{byte:02x} at byte {error.start + 1} of the text; convert it to UTF-8"

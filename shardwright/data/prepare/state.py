@@ -50,7 +50,7 @@ def find_finished(output: Path, config: PrepareConfig) -> Manifest | None:
     if not isinstance(manifest.recipe, dict) or "tokenizer" not in manifest.recipe:
         raise ConfigError(f"{output}: holds shards that prepare did not write; choose another output=")
     mine, theirs = flatten(config.recipe()), flatten(manifest.recipe)
-    changed = [key for key in mine if key != "input" and mine[key] != theirs.get(key)]
+    changed = _changed_keys(mine, theirs)
     if changed:
         raise ConfigError(f"{output}: {_difference(changed[0], theirs, mine)}; choose another output= or delete it")
     reason = _input_change(config, manifest, output)
@@ -66,6 +66,12 @@ def find_finished(output: Path, config: PrepareConfig) -> Manifest | None:
         return None
     shutil.rmtree(output / WORK, ignore_errors=True)  # left by a kill in the last moment
     return manifest
+
+
+def _changed_keys(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Keys but `input` on which two recipes differ; one that an older recipe lacks had its default."""
+    before = flatten(PrepareConfig(input=["-"], output="-").recipe()) | theirs
+    return [key for key in mine if key != "input" and mine[key] != before.get(key)]
 
 
 def _difference(key: str, old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -195,7 +201,7 @@ def begin(work: Path, config: PrepareConfig, files: list[InputFile], source: dic
     if path.exists():
         before = json.loads(path.read_text("utf-8"))
         mine, theirs = flatten(config.recipe()), flatten(before["recipe"])
-        changed = [key for key in mine if key != "input" and mine[key] != theirs.get(key)]
+        changed = _changed_keys(mine, theirs)
         if changed and sum(1 for _ in work.rglob("*.part")) >= WORTH_KEEPING:
             raise ConfigError(
                 f"{work.parent}: its unfinished preparation {_difference(changed[0], theirs, mine)}; "

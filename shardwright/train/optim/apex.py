@@ -17,11 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from shardwright.config import ConfigError
+from shardwright.config import Config, ConfigError
+from shardwright.parallel.mesh import choose_device
 from shardwright.train.optim.state import build_adam_state
 
 WHERE = "https://github.com/NVIDIA/apex (built from source, with --cpp_ext and --cuda_ext)"
 Found = Literal["nvidia", "unrelated", "missing"]
+FUSED = ("adamw", "adam")  # optimizers that have a fused form in apex
 
 
 def find_apex() -> Found:
@@ -54,6 +56,14 @@ def wants_apex(key: str, asked: str, device: torch.device) -> bool:
     if device.type != "cuda":
         raise ConfigError(f"{key}=apex: its kernels are for GPUs; use {key}=torch on a CPU")
     return True
+
+
+def check_apex(config: Config) -> None:
+    """ConfigError where the config names apex and it cannot be: known before anything is made."""
+    device = choose_device(config.train.device)
+    wants_apex("train.fused_norms", config.train.fused_norms, device)
+    if config.optimizer.name in FUSED:
+        wants_apex("optimizer.fused", config.optimizer.fused, device)
 
 
 def build_fused_adam(

@@ -10,6 +10,7 @@ import io
 import json
 import lzma
 import os
+import pickle
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -110,6 +111,28 @@ def test_folders_patterns_and_order(tmp_path, read, jsonl, poems):
     assert texts(read(tmp_path / "b" / "2.jsonl", tmp_path / "b" / "1.jsonl")) == poems[2:4] + poems[:2]
     with pytest.raises(ConfigError, match="nothing.jsonl: no such file, folder or pattern"):
         read(tmp_path / "nothing.jsonl")
+
+
+def test_links_in_a_folder_are_followed_or_told(tmp_path, read, jsonl, poems):
+    for name in ("in", "else/where"):
+        (tmp_path / name).mkdir(parents=True)
+    jsonl(tmp_path / "in" / "a.jsonl", poems[:1])
+    jsonl(tmp_path / "else" / "where" / "1.jsonl", poems[1:2])
+    (tmp_path / "in" / "b").symlink_to(tmp_path / "else")
+    (tmp_path / "else" / "where" / "round").symlink_to(tmp_path / "in")
+    assert texts(read(tmp_path / "in")) == poems[:2]
+    (tmp_path / "in" / "c.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(ConfigError, match=r"c\.jsonl: is a link to a file that is not there; restore that"):
+        read(tmp_path / "in")
+
+
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path, read, jsonl, poems, monkeypatch):
+    (tmp_path / "closed").mkdir(mode=0)
+    jsonl(tmp_path / "a.jsonl", poems[:1])
+    if os.access(tmp_path / "closed", os.R_OK):  # root may
+        pytest.skip("needs another user than root")
+    with pytest.raises(ConfigError, match=r"closed: cannot be listed: Permission denied"):
+        read(tmp_path)
 
 
 def test_dotted_and_other_fields(tmp_path, read):
@@ -260,6 +283,16 @@ def test_dotted_columns_of_parquet(tmp_path, read, poems):
     assert texts(read(path, text_field="meta.body")) == poems[:2]
 
 
+def test_a_column_of_parquet_is_that_of_the_name(tmp_path, read, poems):
+    """pyarrow takes `text` for the beginning of `text.language` as well."""
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text.language": ["zh", "zh"], "text": poems[:2]}), path)
+    assert texts(read(path)) == poems[:2]
+    rows = {"meta": [{"body": "no"}] * 2, "meta.body": poems[:2]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), path)
+    assert texts(read(path, text_field="meta.body")) == poems[:2]
+
+
 @pytest.mark.parametrize("head", [b"\n  ", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n\t"])
 def test_json_arrays_behind_blanks_and_a_byte_order_mark(tmp_path, read, poems, head):
     path = tmp_path / "a.json"
@@ -336,9 +369,27 @@ def test_pickles_in_a_tar_are_refused_by_name(tmp_path, read):
     path = tmp_path / "a.tar"
     path.write_bytes(tar_of({"a.txt": b"fine", "x/b.PKL": b"", "c.pth": b"x", "d.txt": b"fine"}))
     records = read(path)
-    reason = "is a pickle, which can run code when read; take it out of the tar or say which members= to read"
-    assert faults(records) == [("x/b.PKL", reason), ("c.pth", reason)] and texts(records) == ["fine"] * 2
+    assert [where for where, _ in faults(records)] == ["x/b.PKL", "c.pth"] and texts(records) == ["fine"] * 2
+    assert all("is a pickle" in why and "allow it with allow=[pickle]" in why for _, why in faults(records))
     assert [r.kind for r in read(path, members="*.txt")] == [TEXT, TEXT, END]
+
+
+def test_pickles_in_a_tar_are_read_where_they_are_allowed(tmp_path, read, poems):
+    rows = [{"text": poems[0], "meta": {"text": poems[1]}}, {"text": poems[2], "meta": {"text": poems[3]}}]
+    members = {"a.pkl": pickle.dumps(rows), "b.pyd": pickle.dumps(poems[4]), "c.pickle": pickle.dumps(b"fine"),
+               "d.pkl": pickle.dumps({"url": 1}), "e.pkl": b"no pickle", "f.pkl": pickle.dumps(7)}  # fmt: skip
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_of(members))
+    records = read(path, allow=["pickle"])
+    assert [extract(r, "text") for r in records[:4]] == [poems[0], poems[2], poems[4], "fine"]
+    assert faults(records) == [
+        ("d.pkl: item 1", "no field 'text'; it has url: say text_field= or which members= to read"),
+        ("e.pkl: item 1", "cannot be unpickled (UnpicklingError: invalid load key, 'n'.); take it out"),
+        ("f.pkl: item 1", "field 'text' is of type int, expected text"),
+    ]
+    inner = read(path, allow=["pickle"], text_field="meta.text", members="a.*")
+    assert texts(inner) == [poems[1], poems[3]]
+    assert faults(read(path, allow=["pickle"], members="*.txt")) == []
 
 
 def test_a_broken_member_costs_itself_alone(tmp_path, read, english):

@@ -1,6 +1,6 @@
 """A config's mistakes in one line each: the key, the value, what is allowed, and what was probably meant.
 
-Beside config.py, which calls it with what pydantic found.
+Under reading.py, which calls it with what pydantic found. What looks like a secret is not repeated.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+
+from shardwright.config.secret import shown
 
 Section = type[BaseModel]
 
@@ -38,15 +40,16 @@ def _one_line(e: Any, key: str, owner: Section | None, unknown: str) -> str:
         allowed = e.get("ctx", {}).get("expected_tags", "")
         tag = e.get("ctx", {}).get("discriminator", "").strip("'")
         named = given.get(tag) if isinstance(given, dict) else given
-        return f"{key}.{tag}: got {named!r}, expected one of {allowed}"
+        return f"{key}.{tag}: got {shown(named)}, expected one of {allowed}"
     if kind in ("model_type", "model_attributes_type"):
         return (
-            f"{key}: got {given!r} ({type(given).__name__}); expected a section of keys{_example(key, owner, unknown)}"
+            f"{key}: got {shown(given, key)} ({type(given).__name__}); "
+            f"expected a section of keys{_example(key, owner, unknown)}"
         )
     message = e["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: got {given!r} ({type(given).__name__}); {message[0].lower()}{message[1:]}"
+    return f"{key}: got {shown(given, key)} ({type(given).__name__}); {message[0].lower()}{message[1:]}"
 
 
 def _example(key: str, owner: Section | None, name: str) -> str:
