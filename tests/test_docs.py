@@ -107,8 +107,8 @@ def reference() -> str:
             parts += ["### model", "Defaults by family.", "\n".join([head, *lines]), f"Sizes: {'; '.join(sizes)}."]
         elif isinstance(inner, type) and issubclass(inner, Strict):
             parts += [f"### {section}", "\n".join([HEAD, *rows(inner, f"{section}.")])]
-    top = [row for row in rows(SCHEMA) if row.startswith("| `run` ")]
-    parts += ["### run", "\n".join([HEAD, *top])]
+    top = [row for row in rows(SCHEMA) if row.startswith(("| `run` ", "| `begin` ", "| `engine` "))]
+    parts += ["### run, begin, engine", "\n".join([HEAD, *top])]
     parts += ["## A corpus: `shardwright prepare`", "\n".join([HEAD, *rows(PrepareConfig)])]
     return "\n\n".join(parts) + "\n"
 

@@ -1,7 +1,8 @@
-"""Hugging Face's config and tensors to ours and back, in memory, from the maps that families carry as data.
+"""Hugging Face's config and tensors to ours and back, from the maps that families carry as data.
 
-Stands on model/families.py. Tensors are taken one rule at a time, so a mapping that reads lazily is never held whole.
-Every tensor is accounted for: what is missing, unexpected or of another shape is an error that names it.
+Stands on model/families.py. Either side's tensors are a view of the other's, made one at a time, so that what reads
+lazily is never held whole. Every tensor is accounted for: what is missing, unexpected or of another shape is an error
+that names it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwright.config import parse
 from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.family import Family, HuggingFaceMap, TensorRule
 from shardwright.model.transformer import TransformerConfig
@@ -23,6 +25,8 @@ def read_config(raw: Mapping[str, Any]) -> TransformerConfig:
     """Our config from the content of a config.json, theirs where it is silent; ValueError where ours cannot say it."""
     name, family = _find_family(raw.get("model_type"))
     table = _map_of(family)
+    if raw.get("quantization_config") is not None:
+        raise ValueError("config.json: quantization_config is not supported here; take the weights before quantisation")
     raw = {**table.defaults, **raw}
     for key, expected in table.theirs.items():
         found = _get(raw, key)
@@ -39,7 +43,7 @@ def read_config(raw: Mapping[str, Any]) -> TransformerConfig:
         if found is not _ABSENT and not matches:
             raise ValueError(f"config.json: {key}={found!r}: expected one of {', '.join(map(repr, values.values()))}")
         fields.update({field: matches[0]} if matches else {})
-    return family.config.model_validate(fields)
+    return parse(family.config, fields, "config.json")
 
 
 def write_config(config: TransformerConfig) -> dict[str, Any]:
@@ -66,32 +70,100 @@ def write_config(config: TransformerConfig) -> dict[str, Any]:
     return raw
 
 
-def import_tensors(config: TransformerConfig, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Our (name, tensor) pairs from their tensors, in no particular dtype: each keeps its own."""
-    table, shapes = _map_of(FAMILIES[config.family]), _shapes(config)
-    rules = _expand(table, config.layers, shapes)
-    names = _their_names(table, theirs)
-    _check_names("Hugging Face tensors", {rule.theirs for rule in rules}, set(names), _optional(table, config))
-    if config.tied:
-        _check_tied(table, theirs, names)
-    for rule in rules:
-        tensor = theirs[names[rule.theirs]]
+class Imported(Mapping[str, Tensor]):
+    """Our tensors as a view of theirs: each is made when it is asked for, so that a source that reads lazily is never
+    held whole.
+
+    `meta` holds theirs on the meta device where `theirs` reads; ours are in the attribute of that name. `dtype` None
+    leaves each its own. ValueError where names or shapes do not fit the config.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        theirs: Mapping[str, Tensor],
+        meta: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        table, self._shapes = _map_of(FAMILIES[config.family]), _shapes(config)
+        rules = _expand(table, config.layers, self._shapes)
+        self._theirs, self._dtype = theirs, dtype
+        self._names = _their_names(table, theirs)
+        _check_names(
+            "Hugging Face tensors", {rule.theirs for rule in rules}, set(self._names), _optional(table, config)
+        )
+        if config.tied:
+            _check_tied(table, theirs, self._names)
+        self._rules = {name: rule for rule in rules for name in rule.ours}
+        source = _on_meta(theirs) if meta is None else meta
+        self.meta = {name: part for rule in rules for name, part in self._parts(rule, source).items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._parts(self._rules[name], self._theirs)[name].contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+    def _parts(self, rule: TensorRule, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our tensors of one rule, as views of theirs where the dtype stays."""
+        tensor = source[self._names[rule.theirs]]
         tensor = tensor.t() if rule.transpose else tensor
-        sizes = [shapes[name][0] for name in rule.ours]
-        expected = (sum(sizes), *shapes[rule.ours[0]][1:])
+        sizes = [self._shapes[name][0] for name in rule.ours]
+        expected = (sum(sizes), *self._shapes[rule.ours[0]][1:])
         if tuple(tensor.shape) != expected:
             raise ValueError(f"{rule.theirs}: has shape {tuple(tensor.shape)}, the config says {expected}")
-        for name, part in zip(rule.ours, tensor.split(sizes), strict=True):
-            yield name, part.contiguous()
+        parts = tensor.to(self._dtype or tensor.dtype).split(sizes)
+        return dict(zip(rule.ours, parts, strict=True))
+
+
+class Exported(Mapping[str, Tensor]):
+    """Their tensors as a view of ours, as their files have them: a tied head is not repeated. As `Imported`."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        ours: Mapping[str, Tensor],
+        meta: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        table, shapes = _map_of(FAMILIES[config.family]), _shapes(config)
+        _check_names("tensors", set(shapes), set(ours), set())
+        self._rules = {rule.theirs: rule for rule in _expand(table, config.layers, shapes)}
+        self._ours, self.dtype = ours, dtype
+        source = _on_meta(ours) if meta is None else meta
+        self.meta = {name: self._joined(rule, source) for name, rule in self._rules.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._joined(self._rules[name], self._ours)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+    def _joined(self, rule: TensorRule, source: Mapping[str, Tensor]) -> Tensor:
+        parts = [source[name] for name in rule.ours]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        tensor = tensor.to(self.dtype or tensor.dtype)
+        return (tensor.t() if rule.transpose else tensor).contiguous()
+
+
+def import_tensors(config: TransformerConfig, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Our (name, tensor) pairs from their tensors, in no particular dtype: each keeps its own."""
+    yield from Imported(config, theirs).items()
 
 
 def export_tensors(config: TransformerConfig, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Their (name, tensor) pairs from our tensors, as their files have them: a tied head is not repeated."""
-    table, shapes = _map_of(FAMILIES[config.family]), _shapes(config)
-    _check_names("tensors", set(shapes), set(ours), set())
-    for rule in _expand(table, config.layers, shapes):
-        tensor = torch.cat([ours[name] for name in rule.ours]) if len(rule.ours) > 1 else ours[rule.ours[0]]
-        yield rule.theirs, tensor.t().contiguous() if rule.transpose else tensor.contiguous()
+    yield from Exported(config, ours).items()
+
+
+def _on_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("meta") for name, tensor in tensors.items()}
 
 
 def _find_family(model_type: Any) -> tuple[str, Family]:

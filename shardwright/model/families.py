@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardwright.model import gpt2, gpt3, llama
+from shardwright.model import gpt2, gpt3, llama, qwen3
 from shardwright.model.family import Family
 from shardwright.model.transformer import LanguageModel, TransformerConfig
 
@@ -10,6 +10,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": gpt2.FAMILY,
     "gpt3": gpt3.FAMILY,
     "llama": llama.FAMILY,
+    "qwen3": qwen3.FAMILY,
 }
 
 

@@ -1,0 +1,407 @@
+"""`shardwright import` and `export` between the folders that transformers writes and reads, and those of runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import shardwright
+from shardwright.checkpoint import StoredTensors
+from shardwright.interop import check
+from shardwright.interop.huggingface import Exported, write_config
+from shardwright.interop.weights import INDEX, SINGLE, WeightFiles
+from shardwright.launcher.cli import run
+from shardwright.train import exports
+from shardwright.train.load import load
+from tests.equivalence.cells import config
+from tests.interop.models import CASES, add_tokenizer, save_theirs
+
+transformers = pytest.importorskip("transformers")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def done(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a command that succeeds prints."""
+    code = run([str(a) for a in arguments])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    return said.out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object, says: str, code: int = 2) -> None:
+    """A command that ends with its code and one line."""
+    assert run([str(a) for a in arguments]) == code
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1, said
+
+
+def same(first: Path, second: Path) -> None:
+    """Two folders hold the same tensors to the bit."""
+    mine, theirs = WeightFiles(first), WeightFiles(second)
+    assert mine.keys() == theirs.keys()
+    for name in theirs:
+        assert mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name]), name
+
+
+def logits(folder: Path, ids: torch.Tensor, **options: object) -> torch.Tensor:
+    """Of transformers' own model, opened as its users open one."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back_is_bit_equal(case, tmp_path, capsys):
+    """In several files, both ways; what we write gives transformers what its own folder gives."""
+    theirs = save_theirs(tmp_path / "theirs", case, shard="20KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    done(capsys, "import", tmp_path / "theirs", "--output", tmp_path / "ours")
+    said = done(capsys, "export", tmp_path / "ours", "--output", tmp_path / "back", "--max-shard-size", "20KB")
+    assert f"logits of transformers' {type(theirs).__name__} differ by" in said
+    same(tmp_path / "back", tmp_path / "theirs")
+    files = list((tmp_path / "back").glob("*.safetensors"))
+    assert len(files) > 1 and {path.stat().st_mode & 0o777 for path in files} == {0o644}
+    ids = torch.randint(0, 101, (2, 11))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    assert torch.equal(logits(tmp_path / "back", ids), logits(tmp_path / "theirs", ids))
+    for folder in ("ours", "theirs", "back"):
+        found = shardwright.load(tmp_path / folder)(input_ids=ids)["logits"]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_a_format_stays_unless_another_is_asked_for(name, tmp_path, capsys):
+    theirs = save_theirs(tmp_path / "theirs", "qwen3")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    theirs.to(dtype).save_pretrained(tmp_path / "small")
+    done(capsys, "import", tmp_path / "small", "--output", tmp_path / "ours")
+    stored = StoredTensors(tmp_path / "ours/checkpoints/step_00000000")
+    assert {tensor.dtype for tensor in stored.meta.values()} == {dtype}
+    done(capsys, "export", tmp_path / "ours", "--output", tmp_path / "back")
+    same(tmp_path / "back", tmp_path / "small")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "back").dtype == dtype
+    done(capsys, "import", tmp_path / "theirs", "--output", tmp_path / "rounded", "--dtype", name)
+    done(capsys, "export", tmp_path / "rounded", "--output", tmp_path / "again")
+    same(tmp_path / "again", tmp_path / "small")
+    done(capsys, "export", tmp_path / "ours", "--output", tmp_path / "wide", "--dtype", "fp32")
+    assert {t.dtype for t in WeightFiles(tmp_path / "wide").meta.values()} == {torch.float32}
+    assert load(tmp_path / "ours").model.head_weight.dtype == torch.float32
+
+
+def test_what_came_with_a_model_goes_on_with_it(prepared, tmp_path, capsys):
+    """Tokenizer, its special tokens and the generation config: to the byte, through the imported model."""
+    theirs = tmp_path / "theirs"
+    save_theirs(theirs, vocab_size=512)
+    add_tokenizer(theirs, prepared)
+    made = json.loads(done(capsys, "import", theirs, "--output", tmp_path / "ours", "--json"))
+    assert (made["output"], made["tensors"], made["tokenizer"]) == (str(tmp_path / "ours"), 30, "tokenizer.json")
+    made = json.loads(done(capsys, "export", tmp_path / "ours", "--output", tmp_path / "back", "--json"))
+    assert made["files"] == 1 and made["verdict"]["passed"] and made["verdict"]["difference"] < check.BOUND
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (theirs / name).read_bytes()
+    text = "It was a dark night; the people\nof these States"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert tokenizer(text)["input_ids"] == load(tmp_path / "ours").tokenizer.encode(text).tolist()
+    config = json.loads((tmp_path / "back/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (0, 0), "as save_theirs has them"
+
+
+def test_whatever_opens_a_run_opens_them(prepared, tmp_path, capsys):
+    save_theirs(tmp_path / "theirs", vocab_size=512)
+    add_tokenizer(tmp_path / "theirs", prepared)
+    done(capsys, "import", tmp_path / "theirs", "--output", tmp_path / "ours")
+    texts = [done(capsys, "generate", tmp_path / f, "--prompt", "The ", "--tokens", 8) for f in ("theirs", "ours")]
+    assert texts[0] == texts[1] and texts[0].startswith("The ")
+    figures = [json.loads(done(capsys, "eval", tmp_path / f, "--data", prepared, "--json")) for f in ("theirs", "ours")]
+    assert figures[0] == figures[1] and 6 < figures[0]["val_loss"] < 9
+    refused(capsys, "eval", tmp_path / "ours", says="names no corpus to evaluate on; name a prepared folder")
+
+
+def test_a_model_without_a_tokenizer_is_still_a_model(tmp_path, capsys):
+    save_theirs(tmp_path / "theirs")
+    assert "no tokenizer" in done(capsys, "import", tmp_path / "theirs", "--output", tmp_path / "ours")
+    for folder in ("theirs", "ours"):
+        ids = torch.ones(1, 3, dtype=torch.int64)
+        assert shardwright.load(tmp_path / folder)(input_ids=ids)["logits"].shape == (1, 3, 101)
+        refused(capsys, "generate", tmp_path / folder, says="holds no tokenizer; put the model's tokenizer.json there")
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+
+def test_a_run_begins_from_an_imported_model_and_goes_out_again(prepared, tmp_path, capsys):
+    theirs = tmp_path / "theirs"
+    model = save_theirs(theirs, "qwen3", vocab_size=512)
+    add_tokenizer(theirs, prepared)
+    ours, own = tmp_path / "ours", tmp_path / "run"
+    done(capsys, "import", theirs, "--output", ours)
+    start = ["train", ours / "config.yaml", f"begin={ours}", f"run={own}", f"data.path={prepared}", "train.steps=2"]
+    start += [
+        "data.sequence_length=64",
+        "batch.sequences=4",
+        "batch.micro=2",
+        "train.compile=false",
+        "checkpoint.keep_last=3",
+    ]
+    done(capsys, *start, "checkpoint.every=1", "checkpoint.keep_last=3")
+    first = StoredTensors(own / "checkpoints/step_00000000", within="model.")
+    weights = StoredTensors(ours / "checkpoints/step_00000000", within="model.")
+    assert first.keys() == weights.keys() and all(torch.equal(first[name], weights[name]) for name in first)
+    shutil.rmtree(ours)  # a run that has a checkpoint needs it no more
+    done(capsys, *start, "checkpoint.every=1", "checkpoint.keep_last=3")
+    shutil.move(theirs, tmp_path / "elsewhere")
+    done(capsys, "export", own, "--output", tmp_path / "back")
+    assert json.loads((tmp_path / "back/generation_config.json").read_text())["top_k"] == 20
+    ids = torch.randint(0, 512, (1, 9))
+    found = logits(tmp_path / "back", ids)
+    torch.testing.assert_close(found, load(own)(input_ids=ids)["logits"], atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        assert not torch.allclose(found, model(ids).logits, atol=1e-4), "two steps have moved it"
+
+
+@pytest.mark.in_turn
+def test_a_sharded_run_begins_from_the_same_weights(ranks, prepared, tmp_path, capsys):
+    """ZeRO 3 with a pipeline, on four ranks, against one process."""
+    save_theirs(tmp_path / "theirs", vocab_size=512)
+    add_tokenizer(tmp_path / "theirs", prepared)
+    done(capsys, "import", tmp_path / "theirs", "--output", tmp_path / "ours", "--dtype", "bf16")
+    raw = {**config(prepared, tmp_path / "one"), "begin": str(tmp_path / "ours")}
+    raw["model"] = CASES["llama"] | {"vocab_size": 512}
+    raw["train"] |= {"steps": 3}
+    raw["schedule"] = {"warmup_steps": 1}
+    one = ranks.run(1, "tests.equivalence.work:run", raw, [])[0]
+    layout = ["parallel.zero=3", "parallel.pipeline=2", "parallel.schedule=gpipe", f"run={tmp_path / 'four'}"]
+    four = ranks.run(4, "tests.equivalence.work:run", raw, layout)[0]
+    losses = [[record["loss"] for record in records if "loss" in record] for records in (one, four)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3
+
+
+def test_what_a_run_cannot_begin_with_is_refused(prepared, bundled, tmp_path, capsys):
+    save_theirs(tmp_path / "theirs", vocab_size=512)
+    add_tokenizer(tmp_path / "theirs", prepared)
+    done(capsys, "import", tmp_path / "theirs", "--output", tmp_path / "ours")
+    own = [f"run={tmp_path / 'run'}", "data.sequence_length=64", "train.steps=1"]
+    start = ["train", tmp_path / "ours/config.yaml", f"data.path={prepared}", *own]
+    refused(capsys, *start, f"begin={tmp_path / 'theirs'}", says="is a Hugging Face folder; first: shardwright import")
+    refused(capsys, *start, f"begin={tmp_path / 'none'}", says="is neither a run folder nor a checkpoint")
+    refused(capsys, *start, f"run={tmp_path / 'ours'}", says="holds an imported model, not a run; begin a run with")
+    other = [f"begin={tmp_path / 'ours'}", "model.width=64", "model.mlp_width=96"]
+    refused(capsys, *start, *other, says="24 different", code=1)
+    done(capsys, "prepare", bundled / "english.jsonl", "--output", tmp_path / "data", "tokenizer.vocab_size=300")
+    another = ["train", "debug/llama", f"data.path={tmp_path / 'data'}", f"begin={tmp_path / 'ours'}", *own]
+    refused(capsys, *another, says="its model reads tokenizer")
+
+
+# ------------------------------------------------------------------------------------------ what is refused
+
+
+def test_pickled_weights_are_refused_with_the_remedy(tmp_path, capsys):
+    save_theirs(tmp_path / "theirs")
+    state = load_file(tmp_path / "theirs" / SINGLE)
+    (tmp_path / "theirs" / SINGLE).unlink()
+    torch.save(state, tmp_path / "theirs/pytorch_model.bin")
+    refused(
+        capsys, "import", tmp_path / "theirs", "--output", tmp_path / "ours",
+        says="are pickled (pytorch_model.bin), and reading a pickle can run what its writer put there",
+    )  # fmt: skip
+    assert not (tmp_path / "ours").exists()
+
+
+def test_damaged_and_incomplete_folders_are_refused(tmp_path, capsys):
+    theirs, output = tmp_path / "theirs", tmp_path / "ours"
+    save_theirs(theirs, shard="20KB")
+    command = ["import", theirs, "--output", output]
+    index = (theirs / INDEX).read_text()
+    (theirs / INDEX).write_text(index.replace("model-00001-of", "../model-00001-of"))
+    refused(capsys, *command, says="a file of another folder; expected files beside it")
+    (theirs / INDEX).write_text(index.replace("model.norm.weight", "model.norm.bias"))
+    refused(capsys, *command, says="does not say what its files hold of model.norm.")
+    (theirs / INDEX).write_text(index)
+    part = next(theirs.glob("model-00002-of-*"))
+    part.write_bytes(part.read_bytes()[:-1])
+    refused(capsys, *command, says=f"{part.name}: is no whole safetensors file")
+    part.unlink()
+    refused(capsys, *command, says=f"{part.name}: is missing, and {INDEX} names it; fetch the folder again")
+    (theirs / INDEX).unlink()
+    refused(capsys, *command, says=f"safetensors files and no {INDEX}")
+    for path in theirs.glob("*.safetensors"):
+        path.unlink()
+    refused(capsys, *command, says=f"holds no weights; expected {SINGLE} or {INDEX}")
+    (theirs / "config.json").write_text("{")
+    refused(capsys, *command, says="config.json: cannot be read")
+    assert not output.exists()
+
+
+def test_a_model_that_is_none_of_ours_is_refused(tmp_path, capsys):
+    theirs, command = tmp_path / "theirs", ["import", tmp_path / "theirs", "--output", tmp_path / "ours"]
+    save_theirs(theirs)
+    raw = json.loads((theirs / "config.json").read_text())
+
+    def write(**changes: object) -> None:
+        (theirs / "config.json").write_text(json.dumps({**raw, **changes}))
+
+    write(model_type="mamba")
+    refused(capsys, *command, says="theirs: config.json: model_type='mamba': expected one of")
+    write(num_attention_heads=5)
+    refused(capsys, *command, says="config.json: heads=5 does not divide width=32")
+    write(hidden_size=64)
+    refused(capsys, *command, says="the config says")
+    write(num_hidden_layers=2)
+    refused(capsys, *command, says="9 unexpected (model.layers.2.")
+    write(quantization_config={"quant_method": "fp8"})
+    refused(capsys, *command, says="quantization_config")
+    state = load_file(theirs / SINGLE)
+    del state["model.norm.weight"]
+    save_file(state, theirs / SINGLE)
+    write()
+    refused(capsys, *command, says="1 missing (model.norm.weight)")
+
+
+def test_bad_usage_is_one_line(tmp_path, capsys):
+    save_theirs(tmp_path / "theirs")
+    there, new = tmp_path / "theirs", tmp_path / "new"
+    refused(capsys, "import", there, says="a folder is to be named; expected shardwright import SOURCE --output FOLDER")
+    refused(capsys, "import", there, "a=b", "--output", new, says="settings and --tag go with --deepspeed")
+    refused(capsys, "import", there, "--output", there, says="holds something already; name a new folder with --output")
+    refused(capsys, "import", there, "--output", new, "--dtype", "int3", says="--dtype int3: expected one of fp32,")
+    refused(capsys, "import", tmp_path, "--output", new, says="is no Hugging Face folder; expected config.json in it")
+    refused(capsys, "import", tmp_path / "none", "--output", new, says="none: no such folder")
+    refused(capsys, "export", tmp_path, "--output", new, says="is neither a run folder nor a checkpoint")
+    done(capsys, "import", there, "--output", new)
+    refused(capsys, "export", new, "--output", there, says="holds something already")
+    refused(capsys, "export", new, "--output", tmp_path / "x", "--max-shard-size", "5 apples", says="such as 5GB or")
+    assert not list(tmp_path.glob("unfinished_*"))
+
+
+# ------------------------------------------------------------------------------------------ the check of an export
+
+
+def test_an_export_that_differs_is_refused_and_removed(tmp_path, capsys, monkeypatch):
+    save_theirs(tmp_path / "theirs", "llama-grouped")
+    done(capsys, "import", tmp_path / "theirs", "--output", tmp_path / "ours")
+    monkeypatch.setattr(exports, "write_config", lambda model: {**write_config(model), "rms_norm_eps": 1e-3})
+    command = ["export", tmp_path / "ours", "--output", tmp_path / "back"]
+    refused(capsys, *command, says="is not written: logits of transformers' LlamaForCausalLM differ by", code=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+    assert "not checked" in done(capsys, *command, "--no-check")
+
+
+def changed(folder: Path, name: str) -> None:
+    """One value of a written tensor is another."""
+    state = load_file(folder / SINGLE)
+    state[name].view(-1)[0] += 0.5
+    save_file(state, folder / SINGLE, {"format": "pt"})
+
+
+@pytest.mark.parametrize("memory", [None, 1 << 20], ids=["logits", "tensors"])
+def test_a_changed_value_is_found_with_and_without_memory_for_the_model(memory, tmp_path, capsys, monkeypatch):
+    if memory is not None:
+        monkeypatch.setattr(check, "memory", lambda: (memory, memory))
+    save_theirs(tmp_path / "theirs", "gpt2")
+    done(capsys, "import", tmp_path / "theirs", "--output", tmp_path / "ours")
+    said = done(capsys, "export", tmp_path / "ours", "--output", tmp_path / "back")
+    assert ("logits of transformers'" if memory is None else "all 40 tensors read back") in said
+    model = load(tmp_path / "ours").model
+    ours = dict(model.named_parameters())
+    written = Exported(model.config, ours)
+    assert check.check_export(tmp_path / "back", model.config, ours, written).passed
+    changed(tmp_path / "back", "transformer.h.1.attn.c_attn.weight")
+    verdict = check.check_export(tmp_path / "back", model.config, ours, written)
+    assert not verdict.passed and ("differ" if memory is None else "hold another transformer.h.1.attn") in verdict.text
+    (tmp_path / "back" / SINGLE).write_bytes(b"")
+    if memory is None:
+        verdict = check.check_export(tmp_path / "back", model.config, ours, written)
+        assert not verdict.passed and "GPT2LMHeadModel of transformers cannot open it" in verdict.text
+
+
+# ------------------------------------------------------------------------------------------ memory and the hub
+
+MEASURED = """
+import sys
+from pathlib import Path
+from shardwright.launcher.cli import run
+assert run(sys.argv[1:]) == 0
+(line,) = [l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM")]
+print("peak", int(line.split()[1]) * 1024)
+"""
+
+
+def peak(*arguments: object) -> int:
+    """Most memory that a command has had, in bytes, files that it has mapped included."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(
+        [sys.executable, "-c", MEASURED, *map(str, arguments)],
+        capture_output=True, text=True, env=environment, timeout=240,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    return int(answer.stdout.split()[-1])
+
+
+def write_large(folder: Path, layers: int) -> int:
+    """A Llama of 38 MB a layer, in files of 100 MB at most; its bytes."""
+    from shardwright.interop.weights import write_weights
+    from shardwright.model.families import FAMILIES, build_model
+
+    fields = {"vocab_size": 512, "layers": layers, "width": 1024, "heads": 8, "kv_heads": 2, "mlp_width": 2048}
+    config = FAMILIES["llama"].config.model_validate({"family": "llama", **fields})
+    with torch.device("meta"):
+        meta = dict(build_model(config).named_parameters())
+    written = Exported(config, meta, meta)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(write_config(config)))
+    write_weights(folder, written.meta, lambda name: torch.randn(written.meta[name].shape), 10**8)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@pytest.mark.in_turn
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from /proc, which Linux has")
+def test_a_large_model_is_never_in_memory(tmp_path):
+    """Either way takes what a model of one layer takes and a few of its largest tensors, not its size."""
+    write_large(tmp_path / "small", 1)
+    size = write_large(tmp_path / "large", 10)
+    assert size > 350e6
+    for command, to, rest in (("import", "ours", []), ("export", "back", ["--no-check", "--max-shard-size", "100MB"])):
+        source = {"import": "{}", "export": "{}-ours"}[command]
+        floor, most = (
+            peak(command, tmp_path / source.format(name), "--output", tmp_path / f"{name}-{to}", *rest)
+            for name in ("small", "large")
+        )
+        assert most - floor < 0.1 * size, f"{command}: {(most - floor) / 1e6:.0f} MB more for {size / 1e6:.0f} MB"
+    same(tmp_path / "large-back", tmp_path / "large")
+
+
+def cached(home: Path, name: str, theirs: Path) -> None:
+    """What huggingface_hub keeps of a model that it has fetched."""
+    commit = "0" * 40
+    repository = home / "hub" / f"models--{name.replace('/', '--')}"
+    shutil.copytree(theirs, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+
+
+def test_a_name_on_the_hub_comes_from_its_cache(tmp_path):
+    save_theirs(tmp_path / "theirs", "gpt2")
+    cached(tmp_path / "home", "somebody/tiny", tmp_path / "theirs")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+
+    def ask(name: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "shardwright", "import", name, "--output", "ours"]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, cwd=tmp_path)
+
+    answer = ask("somebody/other")
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1
+    assert "somebody/other: no such folder, and the hub did not give it: " in answer.stderr
+    answer = ask("somebody/tiny")
+    assert answer.returncode == 0, answer.stderr
+    assert load(tmp_path / "ours").model.config.family == "gpt2"
