@@ -77,8 +77,9 @@ def activation_bytes(config: TransformerConfig, tokens: int, *, value_bytes: int
 
     Values a token, without a compiler: both norms' inputs and outputs (4 D), q, k, v and the attention's output
     (2 H d + 2 K d), and of the feed-forward layer its pre-activation and the input of `down` (2 F), or gate,
-    activated gate, up and their product (4 F). Plus float32 statistics: one a head (log-sum-exp), one (RMS) or two
-    (mean and deviation) a norm. Dropout is recomputed from its keys but keeps a bool a value and site.
+    activated gate, up and their product (4 F). Norms of queries and keys keep their inputs (H d + K d). Plus float32
+    statistics: one a head (log-sum-exp), one (RMS) or two (mean and deviation) a norm, of which queries and keys have
+    one a head. Dropout is recomputed from its keys but keeps a bool a value and site.
     A recomputed block keeps its input alone. A compiled block keeps less: what is cheap it computes again. Where
     torch has no fused RMSNorm (CPU), each keeps D values more.
     """
@@ -86,6 +87,8 @@ def activation_bytes(config: TransformerConfig, tokens: int, *, value_bytes: int
     if recomputed:
         return tokens * c.width * value_bytes
     values = 4 * c.width + 2 * (c.heads + c.num_kv_heads) * c.head_width + (4 if c.gated else 2) * c.hidden_width
-    statistics = c.heads + 2 * (2 if c.norm == "layer" else 1)
+    heads = c.qk_norm * (c.heads + c.num_kv_heads)  # that have norms of their own
+    values += heads * c.head_width
+    statistics = c.heads + (2 + heads) * (2 if c.norm == "layer" else 1)
     masks = 2 * c.width if c.residual_dropout else 0
     return tokens * (values * value_bytes + statistics * 4 + masks)

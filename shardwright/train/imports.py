@@ -96,7 +96,7 @@ def import_model(name: str, output: Path, dtype: str | None = None) -> Import:
         if opened.tokenizer is not None:
             opened.tokenizer.save(place)
         (place / CONFIG).write_text(to_yaml(opened.config()), "utf-8")
-    return Import(str(output), len(meta), total, opened.tokenizer and opened.tokenizer.file)
+    return Import(str(output), len(meta), total, None if opened.tokenizer is None else opened.tokenizer.file)
 
 
 def number_format(name: str | None) -> torch.dtype | None:

@@ -39,6 +39,7 @@ def done(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object, says: str, code: int = 2) -> None:
     """A command that ends with its code and one line."""
+    capsys.readouterr()  # what transformers has said of its saving
     assert run([str(a) for a in arguments]) == code
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1, said
@@ -133,7 +134,8 @@ def test_a_model_without_a_tokenizer_is_still_a_model(tmp_path, capsys):
     for folder in ("theirs", "ours"):
         ids = torch.ones(1, 3, dtype=torch.int64)
         assert shardwright.load(tmp_path / folder)(input_ids=ids)["logits"].shape == (1, 3, 101)
-        refused(capsys, "generate", tmp_path / folder, says="holds no tokenizer; put the model's tokenizer.json there")
+        assert run(["generate", str(tmp_path / folder)]) == 2
+        assert "holds no tokenizer; put the model's tokenizer.json there" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ runs
@@ -158,7 +160,7 @@ def test_a_run_begins_from_an_imported_model_and_goes_out_again(prepared, tmp_pa
     weights = StoredTensors(ours / "checkpoints/step_00000000", within="model.")
     assert first.keys() == weights.keys() and all(torch.equal(first[name], weights[name]) for name in first)
     shutil.rmtree(ours)  # a run that has a checkpoint needs it no more
-    done(capsys, *start, "checkpoint.every=1", "checkpoint.keep_last=3")
+    done(capsys, "train", own / "config.yaml")
     shutil.move(theirs, tmp_path / "elsewhere")
     done(capsys, "export", own, "--output", tmp_path / "back")
     assert json.loads((tmp_path / "back/generation_config.json").read_text())["top_k"] == 20
@@ -196,7 +198,7 @@ def test_what_a_run_cannot_begin_with_is_refused(prepared, bundled, tmp_path, ca
     refused(capsys, *start, f"begin={tmp_path / 'none'}", says="is neither a run folder nor a checkpoint")
     refused(capsys, *start, f"run={tmp_path / 'ours'}", says="holds an imported model, not a run; begin a run with")
     other = [f"begin={tmp_path / 'ours'}", "model.width=64", "model.mlp_width=96"]
-    refused(capsys, *start, *other, says="24 different", code=1)
+    refused(capsys, *start, *other, says="30 different", code=1)
     done(capsys, "prepare", bundled / "english.jsonl", "--output", tmp_path / "data", "tokenizer.vocab_size=300")
     another = ["train", "debug/llama", f"data.path={tmp_path / 'data'}", f"begin={tmp_path / 'ours'}", *own]
     refused(capsys, *another, says="its model reads tokenizer")
@@ -252,8 +254,8 @@ def test_a_model_that_is_none_of_ours_is_refused(tmp_path, capsys):
 
     write(model_type="mamba")
     refused(capsys, *command, says="theirs: config.json: model_type='mamba': expected one of")
-    write(num_attention_heads=5)
-    refused(capsys, *command, says="config.json: heads=5 does not divide width=32")
+    write(num_key_value_heads=3)
+    refused(capsys, *command, says="config.json: kv_heads=3 does not divide heads=4")
     write(hidden_size=64)
     refused(capsys, *command, says="the config says")
     write(num_hidden_layers=2)
@@ -329,15 +331,21 @@ def test_a_changed_value_is_found_with_and_without_memory_for_the_model(memory, 
 MEASURED = """
 import sys
 from pathlib import Path
+import shardwright.train.exports
 from shardwright.launcher.cli import run
+
+def peak():
+    (line,) = [l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+before = peak()
 assert run(sys.argv[1:]) == 0
-(line,) = [l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM")]
-print("peak", int(line.split()[1]) * 1024)
+print("growth", peak() - before)
 """
 
 
-def peak(*arguments: object) -> int:
-    """Most memory that a command has had, in bytes, files that it has mapped included."""
+def growth(*arguments: object) -> int:
+    """By how much a command raises the most memory that its process has had, in bytes, mapped files included."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     answer = subprocess.run(
         [sys.executable, "-c", MEASURED, *map(str, arguments)],
@@ -366,18 +374,18 @@ def write_large(folder: Path, layers: int) -> int:
 @pytest.mark.in_turn
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from /proc, which Linux has")
 def test_a_large_model_is_never_in_memory(tmp_path):
-    """Either way takes what a model of one layer takes and a few of its largest tensors, not its size."""
-    write_large(tmp_path / "small", 1)
-    size = write_large(tmp_path / "large", 10)
+    """Either way takes a few of its largest tensors, of 8 MB, and what Python imports meanwhile; 43 and 60 MB of 361
+    when this was written, and as much of 111."""
+    size = write_large(tmp_path / "theirs", 10)
     assert size > 350e6
-    for command, to, rest in (("import", "ours", []), ("export", "back", ["--no-check", "--max-shard-size", "100MB"])):
-        source = {"import": "{}", "export": "{}-ours"}[command]
-        floor, most = (
-            peak(command, tmp_path / source.format(name), "--output", tmp_path / f"{name}-{to}", *rest)
-            for name in ("small", "large")
-        )
-        assert most - floor < 0.1 * size, f"{command}: {(most - floor) / 1e6:.0f} MB more for {size / 1e6:.0f} MB"
-    same(tmp_path / "large-back", tmp_path / "large")
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    for command in (
+        ("import", tmp_path / "theirs", "--output", ours),
+        ("export", ours, "--output", back, "--no-check", "--max-shard-size", "100MB"),
+    ):
+        taken = growth(*command)
+        assert taken < size / 3, f"{command[0]}: {taken / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
+    same(back, tmp_path / "theirs")
 
 
 def cached(home: Path, name: str, theirs: Path) -> None:

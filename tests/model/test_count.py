@@ -106,7 +106,7 @@ def test_flops_formula() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("fields", [{}, {"kv_heads": 2}, {"residual_dropout": 0.1}])
+@pytest.mark.parametrize("fields", [{}, {"kv_heads": 2}, {"residual_dropout": 0.1}, {"qk_norm": True}])
 def test_activation_bytes_are_what_autograd_saves(family: str, fields: dict[str, object]) -> None:
     config = make(family, **fields)
     model, tokens = build_model(config), 2 * 64
@@ -115,8 +115,9 @@ def test_activation_bytes_are_what_autograd_saves(family: str, fields: dict[str,
     context = model.context(Inputs(torch.zeros(2, 64, dtype=torch.int64)))
     key = None if context.layer_keys is None else context.layer_keys[1]
     saved = saved_bytes(block, inputs, context._replace(layer_keys=None), key)
-    # torch's RMSNorm is fused on GPUs alone: on a CPU each of the two keeps its normed input beside.
-    unfused = 2 * inputs.nbytes if config.norm == "rms" else 0
+    # torch's RMSNorm is fused on GPUs alone: on a CPU each of them keeps its normed input beside.
+    heads = config.qk_norm * (config.heads + config.num_kv_heads) * config.head_width
+    unfused = 2 * inputs.nbytes + 4 * tokens * heads if config.norm == "rms" else 0
     assert saved == activation_bytes(config, tokens, value_bytes=4) + unfused
     assert activation_bytes(config, tokens, value_bytes=4, recomputed=True) == inputs.nbytes
 
