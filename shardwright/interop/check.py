@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from shardwright.data.tokenizers import Tokenizer
 from shardwright.hardware import memory
 from shardwright.interop.folder import MODEL_CONFIG
 from shardwright.interop.huggingface import Exported
@@ -27,6 +28,7 @@ from shardwright.model.families import build_model
 from shardwright.model.transformer import TransformerConfig
 
 BOUND = 5e-5  # of the largest logit: some ten times what reordered float32 sums differ by
+SAMPLE = "It was a dark night; the people\nof these States -- all 1,234 of them -- slept.  床前明月光，疑是地上霜。"
 ROWS, LENGTH = 2, 64  # tokens that are compared
 WORKING_BYTES = 1 << 29  # transformers, activations, logits
 GIB = 1 << 30
@@ -59,6 +61,28 @@ def check_export(folder: Path, config: TransformerConfig, ours: Mapping[str, Ten
     if difference <= BOUND:  # so that nan fails
         return Verdict(True, what, difference)
     return Verdict(False, f"{what}, more than {BOUND:.0e}", difference)
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether transformers cuts a sample of text as `tokenizer` does; a warning where not, or where it cannot be told.
+
+    A SentencePiece model of the unigram kind is read by none of its classes as its own library reads it.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return True
+    import transformers
+
+    try:
+        with _quiet():
+            theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            same = theirs(SAMPLE, add_special_tokens=False)["input_ids"] == tokenizer.encode(SAMPLE).tolist()
+    except Exception as error:  # whatever transformers makes of a file that it cannot read
+        get_logger().warning("export: transformers cannot open %s: %s", tokenizer.file, str(error).split("\n")[0])
+        return False
+    if not same:
+        name, advice = type(theirs).__name__, "read it by the library that it is made with"
+        get_logger().warning("export: %s of transformers cuts text otherwise than %s; %s", name, tokenizer.file, advice)
+    return same
 
 
 def _lacking(written: Exported) -> str | None:

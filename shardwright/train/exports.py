@@ -17,7 +17,7 @@ from torch import Tensor
 from shardwright.checkpoint import StoredTensors
 from shardwright.config import ConfigError, RunError
 from shardwright.data.tokenizers import Tokenizer
-from shardwright.interop.check import Verdict, check_export
+from shardwright.interop.check import Verdict, check_export, check_tokenizer
 from shardwright.interop.folder import (
     GENERATION,
     MODEL_CONFIG,
@@ -78,6 +78,8 @@ def export_model(
             count = write_weights(place, tensors.meta, read, shard_bytes(shard))
         _write_companions(place, folder, {**raw, **_formats(tensors.meta)}, tokenizer, model.max_length)
         verdict = check_export(place, model, stored, tensors) if check else None
+        if check and tokenizer is not None:
+            check_tokenizer(place, tokenizer)
         if verdict is not None and not verdict.passed:
             raise RunError(f"{output}: is not written: {verdict.text}; report this with the model section of {CONFIG}")
     return Export(str(output), len(tensors), total, count, verdict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from shardwright.config import ConfigError
 from shardwright.data.tokenizers import Tokenizer
+from shardwright.interop.check import check_tokenizer
 from shardwright.interop.tokenizer import load_tokenizer, special_ids, special_tokens, write_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -48,6 +50,26 @@ def test_a_trained_vocabulary_is_found_by_transformers(kind: str, bundled: Path,
     assert special_tokens(tokenizer).keys() == expected
     assert all(getattr(theirs, role) == name for role, name in special_tokens(tokenizer).items())
     assert special_ids(tokenizer)["eos_token_id"] == tokenizer.end_of_document
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_sentencepiece_model_is_kept_and_held_against_what_transformers_makes_of_it(kind, bundled, tmp_path, capsys):
+    """The first kind is made as Llama's was, which transformers' class is for."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False} if kind == "bpe" else {}
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter((bundled / "english.jsonl").read_text("utf-8").splitlines()), model_writer=model,
+        vocab_size=600, model_type=kind, byte_fallback=True, hard_vocab_limit=False, minloglevel=2, num_threads=1,
+        **options,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = Tokenizer.load(tmp_path)
+    write_tokenizer(tmp_path, tokenizer, 64)
+    assert (tmp_path / "tokenizer.model").read_bytes() == model.getvalue()
+    assert check_tokenizer(tmp_path, tokenizer) == (kind == "bpe")
+    said = capsys.readouterr().err
+    assert ("LlamaTokenizer of transformers cuts text otherwise than tokenizer.model" in said) == (kind == "unigram")
 
 
 def test_a_tokenizer_config_that_is_there_stays(prepared: Path, tmp_path: Path) -> None:
