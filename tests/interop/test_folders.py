@@ -53,6 +53,13 @@ def same(first: Path, second: Path) -> None:
         assert mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name]), name
 
 
+def same_start(run_folder: Path, source: Path) -> None:
+    """A run's first checkpoint holds the weights of the checkpoint `source`, to the bit."""
+    first = StoredTensors(run_folder / "checkpoints/step_00000000", within="model.")
+    weights = StoredTensors(source, within="model.")
+    assert first.keys() == weights.keys() and all(torch.equal(first[name], weights[name]) for name in first)
+
+
 def logits(folder: Path, ids: torch.Tensor, **options: object) -> torch.Tensor:
     """Of transformers' own model, opened as its users open one."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
@@ -156,9 +163,7 @@ def test_a_run_begins_from_an_imported_model_and_goes_out_again(prepared, tmp_pa
         "checkpoint.keep_last=3",
     ]
     done(capsys, *start, "checkpoint.every=1", "checkpoint.keep_last=3")
-    first = StoredTensors(own / "checkpoints/step_00000000", within="model.")
-    weights = StoredTensors(ours / "checkpoints/step_00000000", within="model.")
-    assert first.keys() == weights.keys() and all(torch.equal(first[name], weights[name]) for name in first)
+    same_start(own, ours / "checkpoints/step_00000000")
     shutil.rmtree(ours)  # a run that has a checkpoint needs it no more
     done(capsys, "train", own / "config.yaml")
     shutil.move(theirs, tmp_path / "elsewhere")
@@ -169,6 +174,21 @@ def test_a_run_begins_from_an_imported_model_and_goes_out_again(prepared, tmp_pa
     torch.testing.assert_close(found, load(own)(input_ids=ids)["logits"], atol=1e-4, rtol=1e-4)
     with torch.no_grad():
         assert not torch.allclose(found, model(ids).logits, atol=1e-4), "two steps have moved it"
+    one = own / "checkpoints/step_00000001"
+    done(capsys, "train", own / "config.yaml", f"begin={one}", f"run={tmp_path / 'second'}")
+    same_start(tmp_path / "second", one)
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "accelerate"])
+def test_a_run_of_another_engine_begins_from_the_same_weights(engine, prepared, tmp_path, capsys):
+    pytest.importorskip(engine, reason=f"{engine} is not installed: pip install 'shardwright[{engine}]'")
+    save_theirs(tmp_path / "theirs", vocab_size=512)
+    ours, own = tmp_path / "ours", tmp_path / "run"
+    done(capsys, "import", tmp_path / "theirs", "--output", ours)
+    start = ["train", ours / "config.yaml", f"begin={ours}", f"run={own}", f"data.path={prepared}", f"engine={engine}"]
+    start += ["data.sequence_length=64", "batch.sequences=4", "batch.micro=2", "train.compile=false", "train.steps=1"]
+    done(capsys, *start, "precision.compute=bf16")
+    same_start(own, ours / "checkpoints/step_00000000")
 
 
 @pytest.mark.in_turn
