@@ -56,7 +56,7 @@ def _fetch(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # what its own errors are
-        why = " ".join(str(error).split())[:200]
+        why = " ".join(str(error).split())[:400]
         raise ConfigError(f"{name}: no such folder, and the hub did not give it: {why}") from None
 
 

@@ -423,13 +423,13 @@ def test_a_name_on_the_hub_comes_from_its_cache(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     environment.pop("HF_HUB_CACHE", None)
 
-    def ask(name: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "shardwright", "import", name, "--output", "ours"]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, cwd=tmp_path)
-
-    answer = ask("somebody/other")
-    assert answer.returncode == 2 and answer.stderr.count("\n") == 1
-    assert "somebody/other: no such folder, and the hub did not give it: " in answer.stderr
-    answer = ask("somebody/tiny")
-    assert answer.returncode == 0, answer.stderr
+    code = "import sys; from shardwright.launcher.cli import run; print(*[run(['import', name, '-o', 'ours'])"
+    code += " for name in sys.argv[1:]])"
+    answer = subprocess.run(
+        [sys.executable, "-c", code, "somebody/other", "somebody/tiny"],
+        capture_output=True, text=True, env=environment, timeout=240, cwd=tmp_path,
+    )  # fmt: skip
+    assert answer.stdout.split()[-2:] == ["2", "0"], answer.stderr
+    assert "shardwright: somebody/other: no such folder, and the hub did not give it: " in answer.stderr
+    assert answer.stderr.count("\n") == 1
     assert load(tmp_path / "ours").model.config.family == "gpt2"
