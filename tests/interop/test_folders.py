@@ -21,50 +21,12 @@ from shardwright.interop.weights import INDEX, SINGLE, WeightFiles
 from shardwright.launcher.cli import run
 from shardwright.train import exports
 from shardwright.train.load import load
-from tests.equivalence.cells import config
+from tests.interop.commands import done, logits, refused, same
 from tests.interop.models import CASES, add_tokenizer, save_theirs
 
 transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def done(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What a command that succeeds prints."""
-    code = run([str(a) for a in arguments])
-    said = capsys.readouterr()
-    assert code == 0, said.err
-    return said.out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object, says: str, code: int = 2) -> None:
-    """A command that ends with its code and one line."""
-    capsys.readouterr()  # what transformers has said of its saving
-    assert run([str(a) for a in arguments]) == code
-    said = capsys.readouterr().err
-    assert says in said and said.count("\n") == 1, said
-
-
-def same(first: Path, second: Path) -> None:
-    """Two folders hold the same tensors to the bit."""
-    mine, theirs = WeightFiles(first), WeightFiles(second)
-    assert mine.keys() == theirs.keys()
-    for name in theirs:
-        assert mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name]), name
-
-
-def same_start(run_folder: Path, source: Path) -> None:
-    """A run's first checkpoint holds the weights of the checkpoint `source`, to the bit."""
-    first = StoredTensors(run_folder / "checkpoints/step_00000000", within="model.")
-    weights = StoredTensors(source, within="model.")
-    assert first.keys() == weights.keys() and all(torch.equal(first[name], weights[name]) for name in first)
-
-
-def logits(folder: Path, ids: torch.Tensor, **options: object) -> torch.Tensor:
-    """Of transformers' own model, opened as its users open one."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-    with torch.no_grad():
-        return model(ids).logits
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -143,85 +105,6 @@ def test_a_model_without_a_tokenizer_is_still_a_model(tmp_path, capsys):
         assert shardwright.load(tmp_path / folder)(input_ids=ids)["logits"].shape == (1, 3, 101)
         assert run(["generate", str(tmp_path / folder)]) == 2
         assert "holds no tokenizer; put the model's tokenizer.json there" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------------ runs
-
-
-def test_a_run_begins_from_an_imported_model_and_goes_out_again(prepared, tmp_path, capsys):
-    theirs = tmp_path / "theirs"
-    model = save_theirs(theirs, "qwen3", vocab_size=512)
-    add_tokenizer(theirs, prepared)
-    ours, own = tmp_path / "ours", tmp_path / "run"
-    done(capsys, "import", theirs, "--output", ours)
-    start = ["train", ours / "config.yaml", f"begin={ours}", f"run={own}", f"data.path={prepared}", "train.steps=2"]
-    start += [
-        "data.sequence_length=64",
-        "batch.sequences=4",
-        "batch.micro=2",
-        "train.compile=false",
-        "checkpoint.keep_last=3",
-    ]
-    done(capsys, *start, "checkpoint.every=1", "checkpoint.keep_last=3")
-    same_start(own, ours / "checkpoints/step_00000000")
-    shutil.rmtree(ours)  # a run that has a checkpoint needs it no more
-    done(capsys, "train", own / "config.yaml")
-    shutil.move(theirs, tmp_path / "elsewhere")
-    done(capsys, "export", own, "--output", tmp_path / "back")
-    assert json.loads((tmp_path / "back/generation_config.json").read_text())["top_k"] == 20
-    ids = torch.randint(0, 512, (1, 9))
-    found = logits(tmp_path / "back", ids)
-    torch.testing.assert_close(found, load(own)(input_ids=ids)["logits"], atol=1e-4, rtol=1e-4)
-    with torch.no_grad():
-        assert not torch.allclose(found, model(ids).logits, atol=1e-4), "two steps have moved it"
-    one = own / "checkpoints/step_00000001"
-    done(capsys, "train", own / "config.yaml", f"begin={one}", f"run={tmp_path / 'second'}")
-    same_start(tmp_path / "second", one)
-
-
-@pytest.mark.parametrize("engine", ["deepspeed", "accelerate"])
-def test_a_run_of_another_engine_begins_from_the_same_weights(engine, prepared, tmp_path, capsys):
-    pytest.importorskip(engine, reason=f"{engine} is not installed: pip install 'shardwright[{engine}]'")
-    save_theirs(tmp_path / "theirs", vocab_size=512)
-    ours, own = tmp_path / "ours", tmp_path / "run"
-    done(capsys, "import", tmp_path / "theirs", "--output", ours)
-    start = ["train", ours / "config.yaml", f"begin={ours}", f"run={own}", f"data.path={prepared}", f"engine={engine}"]
-    start += ["data.sequence_length=64", "batch.sequences=4", "batch.micro=2", "train.compile=false", "train.steps=1"]
-    done(capsys, *start, "precision.compute=bf16")
-    same_start(own, ours / "checkpoints/step_00000000")
-
-
-@pytest.mark.in_turn
-def test_a_sharded_run_begins_from_the_same_weights(ranks, prepared, tmp_path, capsys):
-    """ZeRO 3 with a pipeline, on four ranks, against one process."""
-    save_theirs(tmp_path / "theirs", vocab_size=512)
-    add_tokenizer(tmp_path / "theirs", prepared)
-    done(capsys, "import", tmp_path / "theirs", "--output", tmp_path / "ours", "--dtype", "bf16")
-    raw = {**config(prepared, tmp_path / "one"), "begin": str(tmp_path / "ours")}
-    raw["model"] = CASES["llama"] | {"vocab_size": 512}
-    raw["train"] |= {"steps": 3}
-    raw["schedule"] = {"warmup_steps": 1}
-    one = ranks.run(1, "tests.equivalence.work:run", raw, [])[0]
-    layout = ["parallel.zero=3", "parallel.pipeline=2", "parallel.schedule=gpipe", f"run={tmp_path / 'four'}"]
-    four = ranks.run(4, "tests.equivalence.work:run", raw, layout)[0]
-    losses = [[record["loss"] for record in records if "loss" in record] for records in (one, four)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 3
-
-
-def test_what_a_run_cannot_begin_with_is_refused(prepared, bundled, tmp_path, capsys):
-    save_theirs(tmp_path / "theirs", vocab_size=512)
-    add_tokenizer(tmp_path / "theirs", prepared)
-    done(capsys, "import", tmp_path / "theirs", "--output", tmp_path / "ours")
-    own = [f"run={tmp_path / 'run'}", "data.sequence_length=64", "train.steps=1"]
-    start = ["train", tmp_path / "ours/config.yaml", f"data.path={prepared}", *own]
-    refused(capsys, *start, f"begin={tmp_path / 'theirs'}", says="is a Hugging Face folder; first: shardwright import")
-    refused(capsys, *start, f"begin={tmp_path / 'none'}", says="is neither a run folder nor a checkpoint")
-    refused(capsys, *start, f"run={tmp_path / 'ours'}", says="holds an imported model, not a run; begin a run with")
-    other = [f"begin={tmp_path / 'ours'}", "model.width=64", "model.mlp_width=96"]
-    refused(capsys, *start, *other, says="30 different", code=1)
-    done(capsys, "prepare", bundled / "english.jsonl", "--output", tmp_path / "data", "tokenizer.vocab_size=300")
-    another = ["train", "debug/llama", f"data.path={tmp_path / 'data'}", f"begin={tmp_path / 'ours'}", *own]
-    refused(capsys, *another, says="its model reads tokenizer")
 
 
 # ------------------------------------------------------------------------------------------ what is refused
