@@ -93,4 +93,10 @@ HUGGINGFACE = HuggingFaceMap(
     ignored=(".position_ids", ".token_type_ids", "predictions.decoder.bias"),
 )
 
-FAMILY = Family(AlbertConfig, Albert, HUGGINGFACE)
+
+def objective(config: AlbertConfig) -> dict[str, Any]:
+    """Hidden tokens, and the order of sentences where it has their head."""
+    return {"name": "masked", "sentence": "order" if config.sentence_head else "none"}
+
+
+FAMILY = Family(AlbertConfig, Albert, HUGGINGFACE, objective=objective)

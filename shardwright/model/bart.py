@@ -143,4 +143,4 @@ HUGGINGFACE = HuggingFaceMap(
     prefix="model.",
 )
 
-FAMILY = Family(BartConfig, EncoderDecoder, HUGGINGFACE)
+FAMILY = Family(BartConfig, EncoderDecoder, HUGGINGFACE, objective=lambda config: {"name": "denoise"})

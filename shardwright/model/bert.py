@@ -117,4 +117,10 @@ HUGGINGFACE = HuggingFaceMap(
     ignored=(".position_ids", "cls.predictions.decoder.bias"),
 )
 
-FAMILY = Family(BertConfig, Encoder, HUGGINGFACE)
+
+def objective(config: BertConfig) -> dict[str, Any]:
+    """Hidden tokens, and next sentences where it has their head."""
+    return {"name": "masked", "sentence": "next" if config.sentence_head else "none"}
+
+
+FAMILY = Family(BertConfig, Encoder, HUGGINGFACE, objective=objective)

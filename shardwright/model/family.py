@@ -115,11 +115,13 @@ class HuggingFaceMap:
 class Beside:
     """A second model of theirs that is in ours as well, as ELECTRA's generator is.
 
-    Fields and tensors that both name are equal in both. `absent`: our fields where there is no such folder.
+    Fields and tensors that both name are equal in both. `absent`: our fields where there is no such folder. `method`:
+    what of our model gives its logits.
     """
 
     map: HuggingFaceMap
     absent: Mapping[str, Any]
+    method: str
 
 
 class Extra(NamedTuple):
@@ -141,6 +143,8 @@ class Family:
     huggingface: HuggingFaceMap | None = None
     #: (config, tokens of a sequence, sequences of a micro-batch, share of predicted tokens) -> what `count` has to add.
     extra: Callable[[Any, int, int, float], Extra] = lambda config, length, rows, predicted: Extra()
+    #: config -> the objective that it is pre-trained by, as in a run's config; None is the first that trains its kind.
+    objective: Callable[[Any], Mapping[str, Any]] | None = None
 
     @property
     def kind(self) -> str:

@@ -34,7 +34,13 @@ HUGGINGFACE = HuggingFaceMap(
     shifts={"max_length": 2},
     values=bert.ACTIVATION,
     ours={**bert.OURS, "position_offset": 2, "sentence_head": False},
-    theirs={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
+    # They number positions from the padding's id on, whatever the tokenizer's padding is.
+    theirs={
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "pad_token_id": 1,
+    },
     defaults={**bert.DEFAULTS, "vocab_size": 50265, "max_position_embeddings": 512},
     tensors=(
         *bert.stack_rules("roberta."),

@@ -51,4 +51,4 @@ HUGGINGFACE = HuggingFaceMap(
     ignored=(".embed_positions.weight",),
 )
 
-FAMILY = Family(Transformer2017Config, EncoderDecoder, HUGGINGFACE)
+FAMILY = Family(Transformer2017Config, EncoderDecoder, HUGGINGFACE, objective=lambda config: {"name": "pairs"})

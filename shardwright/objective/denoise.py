@@ -13,7 +13,7 @@ Shapes: B batch, L tokens of a raw row.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -35,6 +35,7 @@ _BOS, _END, _MASK = range(3)  # numbers of the special tokens
 class DenoiseConfig(ObjectiveConfig):
     """`objective: {name: denoise}`."""
 
+    start: ClassVar[str] = "end"  # what the decoder begins with
     name: Literal["denoise"] = meaning("denoise", "Put a damaged text right")
     damage: Annotated[list[Damage], Field(min_length=1)] = meaning(
         ["permute", "infill"], "What is done to the text; permute needs prepare starts=true"
@@ -82,7 +83,7 @@ class Denoise(Objective[Raw]):
             marks = np.full_like(hidden.rows, _MASK) if "infill" in self.config.damage else None
             encoder = without(damaged, hidden, marks, [_BOS], [_END], length)
         decoder = whole(text, [_BOS], [_END], length)
-        return two_sides(raw, setting, encoder, decoder, start=specials["end"])
+        return two_sides(raw, setting, encoder, decoder, start=specials[self.config.start])
 
     def _reordered(self, chance: Chance, raw: Raw, text: Text) -> Text:
         documents, fixed = text.kept_apart(self.setting)

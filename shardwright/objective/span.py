@@ -19,7 +19,7 @@ Shapes: B batch, L tokens of a raw row.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -44,6 +44,7 @@ _END = 0  # number of the end among the special tokens; sentinel k is number k +
 class SpanConfig(ObjectiveConfig):
     """`objective: {name: span}`."""
 
+    start: ClassVar[str] = "pad"  # what the decoder begins with
     name: Literal["span"] = meaning("span", "Predict what is hidden in the encoder's text")
     kind: Kind = meaning("spans", "Row of T5's table: what is hidden, and how")
     rate: float = meaning(0.15, "Share of the text that is hidden; not of prefix and deshuffle", gt=0, lt=1)
@@ -110,7 +111,7 @@ class Span(Objective[Raw]):
         specials = [setting.specials["end"], *setting.sentinels()]
         text = Text.of(raw, specials, setting.specials["pad"])
         encoder, decoder = self._sides(setting.chance(raw.numbers), text)
-        return two_sides(raw, setting, encoder, decoder, start=setting.specials["pad"])
+        return two_sides(raw, setting, encoder, decoder, start=setting.specials[self.config.start])
 
     def _sides(self, chance: Chance, text: Text) -> tuple[Side, Side]:
         length, target = self.setting.length, self._target

@@ -12,6 +12,7 @@ from shardwright.train.build import build_objective, build_validation, check_cor
 from shardwright.train.draft import build_loss_model
 from shardwright.train.evaluate import evaluate, split_text, xz_bits_per_byte
 from shardwright.train.load import Loaded, load
+from shardwright.train.specials import fit_special_tokens
 from shardwright.train.stages import Loop, Stages
 
 
@@ -25,9 +26,12 @@ def evaluate_run(path: str | Path, data: str | None = None) -> dict[str, float]:
     config = loaded.config
     if data is not None:
         config.data = config.data.model_copy(update={"path": data, "sources": [], "corpus": []})
+    if not config.data.mixture():
+        raise ConfigError(f"{path}: names no corpus to evaluate on; name a prepared folder with --data")
     manifests = [Manifest.load(source.path, config.data.allow) for source in config.data.mixture()]
     _check_tokenizers(manifests, loaded)
     check_corpus(config, manifests)
+    _fit_special_tokens(loaded)
     world = World(device=next(loaded.model.parameters()).device)
     model = build_loss_model(loaded.model, build_objective(config), config.train.seed)
     answer = evaluate(Stages({0: model}, Loop(model), world), build_validation(config, world))
@@ -36,12 +40,22 @@ def evaluate_run(path: str | Path, data: str | None = None) -> dict[str, float]:
     return answer if text is None else {**answer, "xz_bits_per_byte": xz_bits_per_byte(text)}
 
 
+def _fit_special_tokens(loaded: Loaded) -> None:
+    """Give the objective of an imported model the ids that a run's has in its config."""
+    config, size = loaded.config, fit_special_tokens(loaded.config, loaded.tokenizer)
+    if size > config.model.vocab_size:
+        raise ConfigError(
+            f"{loaded.folder}: its model knows {config.model.vocab_size} tokens, and its tokenizer with the special "
+            f"tokens of objective {config.objective.name} has {size}; use the tokenizer that it was trained with"
+        )
+
+
 def _check_tokenizers(manifests: Sequence[Manifest], loaded: Loaded) -> None:
     """ConfigError unless the ids in these corpora mean what they meant in training."""
     for manifest in manifests:
         found, own = manifest.tokenizer["sha256"], loaded.tokenizer
         if found != own.sha256:
-            file = loaded.checkpoint.parent.parent / own.file
+            file = loaded.folder / own.file
             raise ConfigError(
                 f"{manifest.root}: was prepared with tokenizer {found[:12]}..., the run was trained with "
                 f"{own.sha256[:12]}...; prepare the text with tokenizer.path={file}"

@@ -47,6 +47,15 @@ def fit_special_tokens(config: Config, tokenizer: Tokenizer) -> int:
     return max([size, *(number + 1 for number in given.values())])
 
 
+def trained_ids(config: Config) -> dict[str, int]:
+    """What the run was trained with, by the keys of Hugging Face's config.json."""
+    end = {} if config.data.end_of_document is None else {"end": config.data.end_of_document}
+    known = {**config.objective.special_tokens, **end}
+    found = {f"{use}_token_id": known[use] for use in NAMES if use in known}
+    start = getattr(config.objective, "start", None)  # what a decoder begins with
+    return {**found, "decoder_start_token_id": known[start]} if start in known else found
+
+
 def _find(tokenizer: Tokenizer, use: str) -> dict[str, int] | None:
     for name in NAMES[use]:
         number = tokenizer.token_id(name)

@@ -38,7 +38,7 @@ def build_theirs(ours: Encoder) -> torch.nn.Module:
 
     raw = write_config(ours.config)
     special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
-    config = transformers.AutoConfig.for_model(**{**raw, **special})
+    config = transformers.AutoConfig.for_model(**{**special, **raw})
     config._attn_implementation = "eager"
     theirs: torch.nn.Module = getattr(transformers, raw["architectures"][0])._from_config(config).eval()
     state = dict(export_tensors(ours.config, dict(ours.named_parameters())))
@@ -52,7 +52,7 @@ def build_theirs(ours: Encoder) -> torch.nn.Module:
 
 def ids(rows: int, length: int, seed: int = 1) -> Tensor:
     """Token ids, none of which is the padding of theirs."""
-    return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(2, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def check_equal(ours: Encoder, theirs: torch.nn.Module, **given: Tensor) -> None:
