@@ -21,6 +21,7 @@ from shardwright.model.transformer import TransformerConfig
 
 _ABSENT = object()
 _SYNONYMS = {"swish": "silu"}  # of activations
+_OLD_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}  # of norms, in files that were TensorFlow's first
 
 
 def read_config(raw: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]] | None = None) -> TransformerConfig:
@@ -30,6 +31,12 @@ def read_config(raw: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]] 
     """
     name, family = _find_family(raw.get("model_type"))
     table = _map_of(family)
+    for folder, part in table.beside.items():
+        if _architecture(raw, table) == part.map.architecture:
+            raise ValueError(
+                f"config.json: {part.map.architecture} is half a model here; put it into a folder {folder} inside that "
+                f"of its {table.architecture}"
+            )
     fields = {"family": name, **_read_fields(table, raw)}
     for folder, part in table.beside.items():
         if beside is None or folder not in beside:
@@ -124,9 +131,9 @@ class Imported(Mapping[str, Tensor]):
     """Our tensors as a view of theirs: each is made when it is asked for, so that a source that reads lazily is never
     held whole.
 
-    All of ours, or those that the model in `folder` holds. `meta` holds theirs on the meta device where `theirs` reads;
-    ours are in the attribute of that name. `dtype` None leaves each its own. ValueError where names or shapes do not
-    fit the config.
+    All of ours, or those that the model in `folder` holds; `spare` are names of theirs that have no place. `meta` holds
+    theirs on the meta device where `theirs` reads; ours are in the attribute of that name. `dtype` None leaves each its
+    own. ValueError where names or shapes do not fit the config.
     """
 
     def __init__(
@@ -144,6 +151,7 @@ class Imported(Mapping[str, Tensor]):
         self._names = _their_names(table, theirs)
         expected = {rule.theirs for rule in rules}
         _check_names("Hugging Face tensors", expected, set(self._names), _optional(table, config))
+        self.spare = sorted((set(table.spare) & set(self._names)) - expected)
         _check_copies(table, config, theirs, self._names)
         _check_zero({name: table.zero[name] for name in table.zero if name not in expected}, theirs, self._names)
         self._rules = {name: rule for rule in rules for name in rule.ours}
@@ -332,11 +340,15 @@ def _their_names(table: HuggingFaceMap, theirs: Mapping[str, Tensor]) -> dict[st
     if any(name.startswith(table.prefix) for name in names):
         return {_renamed(table, name): name for name in names}
     outside = {rule.theirs for rule in table.tensors if not rule.theirs.startswith(table.prefix)}
-    return {name if name in outside else table.prefix + name: name for name in names}
+    found = {_renamed(table, name): name for name in names}
+    return {name if name in outside else table.prefix + name: given for name, given in found.items()}
 
 
 def _renamed(table: HuggingFaceMap, name: str) -> str:
     """A name as the rules have it."""
+    for old, ending in _OLD_ENDINGS.items():
+        if name.endswith(old):
+            name = name.removesuffix(old) + ending
     for other, ours in table.aliases.items():
         if name.startswith(other):
             return ours + name.removeprefix(other)
@@ -344,7 +356,7 @@ def _renamed(table: HuggingFaceMap, name: str) -> str:
 
 
 def _optional(table: HuggingFaceMap, config: TransformerConfig) -> set[str]:
-    return {*table.copies, *table.zero, *([table.tied[0]] if config.tied else [])}
+    return {*table.copies, *table.zero, *table.spare, *([table.tied[0]] if config.tied else [])}
 
 
 def _check_names(what: str, expected: set[str], found: set[str], optional: set[str]) -> None:

@@ -89,6 +89,12 @@ HUGGINGFACE = HuggingFaceMap(
         *weight_and_bias("sop_classifier.classifier", "head.sentence.classifier"),
     ),
     tied=("predictions.decoder.weight", "albert.embeddings.word_embeddings.weight"),
+    spare=(
+        "albert.pooler.weight",
+        "albert.pooler.bias",
+        "sop_classifier.classifier.weight",
+        "sop_classifier.classifier.bias",
+    ),
     prefix="albert.",
     ignored=(".position_ids", ".token_type_ids", "predictions.decoder.bias"),
 )

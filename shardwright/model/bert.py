@@ -113,6 +113,12 @@ HUGGINGFACE = HuggingFaceMap(
         *weight_and_bias("cls.seq_relationship", "head.sentence.classifier"),
     ),
     tied=("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+    spare=(
+        "bert.pooler.dense.weight",
+        "bert.pooler.dense.bias",
+        "cls.seq_relationship.weight",
+        "cls.seq_relationship.bias",
+    ),
     prefix="bert.",
     ignored=(".position_ids", "cls.predictions.decoder.bias"),
 )

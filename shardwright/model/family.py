@@ -82,7 +82,8 @@ class HuggingFaceMap:
     defaults: what their keys are where a config.json leaves them out.
     tensors: every tensor. tied: their head and embedding, one tensor where the head is tied. copies: other names of the
     embedding, which their files may have. zero: tensors that a model without a place for them may have as zeros, and
-    what says that it has one.
+    what says that it has one. spare: tensors of other heads, which published files have beside those of the
+    architecture that they name; passed over by a model without a place for them.
     prefix: what the names lack in checkpoints of the bare stack. ignored: endings of buffers that carry nothing.
     aliases: beginnings of their names that other versions use -> those of `tensors`.
     beside: by folder inside theirs, what else of theirs our model holds.
@@ -104,6 +105,7 @@ class HuggingFaceMap:
     tied: tuple[str, str] = ("", "")
     copies: tuple[str, ...] = ()
     zero: Mapping[str, str] = field(default_factory=dict)
+    spare: tuple[str, ...] = ()
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)

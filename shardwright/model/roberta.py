@@ -50,6 +50,7 @@ HUGGINGFACE = HuggingFaceMap(
         *weight_and_bias("lm_head.layer_norm", "head.transform.norm"),
     ),
     tied=("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+    spare=("roberta.pooler.dense.weight", "roberta.pooler.dense.bias"),
     prefix="roberta.",
     ignored=(".position_ids", "lm_head.decoder.bias"),
 )

@@ -31,6 +31,7 @@ from shardwright.interop.folder import (
 from shardwright.interop.huggingface import Exported, folders_beside, write_config
 from shardwright.interop.tokenizer import special_ids, write_tokenizer
 from shardwright.interop.weights import write_weights
+from shardwright.log import get_logger
 from shardwright.model.transformer import TransformerConfig
 from shardwright.train.folder import CONFIG
 from shardwright.train.imports import counted, naming, num_bytes, number_format
@@ -85,6 +86,7 @@ def export_model(
             with counted(num_bytes(its.meta), f"exporting {part}".strip(), its.__getitem__) as read:
                 files += write_weights(place / part, its.meta, read, most)
             write_json(place / part / MODEL_CONFIG, {**NONE, **ids, **raws[part], **_formats(its.meta)})
+        _warn_of_padding(raws[""].get("pad_token_id"), ids.get("pad_token_id"))
         _write_companions(place, ids, tokenizer, model.max_length)
         verdict = check_export(place, model, stored, tensors) if check else None
         if check and tokenizer is not None:
@@ -109,6 +111,15 @@ def _special_ids(place: Path, config: Config, tokenizer: Tokenizer | None) -> di
     if ids := {key: known[key] for key in SPECIAL_IDS if known.get(key) is not None}:
         return ids
     return {**({} if tokenizer is None else special_ids(tokenizer)), **trained_ids(config)}
+
+
+def _warn_of_padding(fixed: int | None, own: int | None) -> None:
+    """Of a family whose architecture has an id for padding, which is another token here."""
+    if fixed is not None and own not in (None, fixed):
+        get_logger().warning(
+            "export: transformers takes token %d for padding, and the run %d: a text that holds token %d has other "
+            "positions there; to have none, train with a tokenizer whose <pad> is %d", fixed, own, fixed, fixed
+        )  # fmt: skip
 
 
 def _write_companions(place: Path, ids: dict[str, int], tokenizer: Tokenizer | None, longest: int) -> None:

@@ -30,7 +30,7 @@ from shardwright.interop.folder import (
 from shardwright.interop.huggingface import Imported, ImportedTogether, may_be_beside, read_config
 from shardwright.interop.tokenizer import load_tokenizer
 from shardwright.interop.weights import WeightFiles
-from shardwright.log import progress
+from shardwright.log import get_logger, progress
 from shardwright.model.transformer import TransformerConfig
 from shardwright.train.folder import CHECKPOINTS, CONFIG
 from shardwright.train.settings import SCHEMA, usual_objective
@@ -95,7 +95,10 @@ def open_huggingface(name: str | Path, dtype: torch.dtype | None = None) -> Open
 def _open_part(model: TransformerConfig, folder: Path, part: str, dtype: torch.dtype | None) -> Imported:
     """What the model in `part` of a folder holds of ours."""
     weights = WeightFiles(folder / part)
-    return Imported(model, weights, weights.meta, dtype, part)
+    found = Imported(model, weights, weights.meta, dtype, part)
+    if found.spare:
+        get_logger().warning("%s: passed over, of a head that the model has not: %s", folder, ", ".join(found.spare))
+    return found
 
 
 def import_model(name: str, output: Path, dtype: str | None = None) -> Import:
