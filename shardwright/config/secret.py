@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 #: HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, api_key; tokens, of which there are several, are what a model reads.
-_NAME = re.compile(r"(KEYS?|TOKEN|SECRETS?|PASSWORDS?|PASSWDS?|CREDENTIALS?)([-_.]|$)", re.I)
+#: token_types and key_bias are of models.
+_NAME = re.compile(r"(KEYS?|TOKEN|SECRETS?|PASSWORDS?|PASSWDS?|CREDENTIALS?)([-_.](?!types$|bias$)|$)", re.I)
 #: What a text gives a value to: `api_key: ...`, `"token"=...`.
 _NAMED = re.compile(r"([\w.-]+)[\"']?\s*[:=]")
 #: user:password@ in a URL, or a signed query.
