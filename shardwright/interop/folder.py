@@ -20,15 +20,8 @@ MODEL_CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.j
 OTHERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 COMPANIONS = (MODEL_CONFIG, GENERATION, TOKENIZER_CONFIG, *OTHERS)
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "merges.txt", "vocab.txt", "*.tiktoken")
-SPECIAL_IDS = (
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "cls_token_id",
-    "sep_token_id",
-    "mask_token_id",
-    "decoder_start_token_id",
-)
+GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+SPECIAL_IDS = (*GENERATION_IDS, "cls_token_id", "sep_token_id", "mask_token_id")
 UNFINISHED = "unfinished_"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 

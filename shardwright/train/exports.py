@@ -20,6 +20,7 @@ from shardwright.data.tokenizers import Tokenizer
 from shardwright.interop.check import Verdict, check_export, check_tokenizer
 from shardwright.interop.folder import (
     GENERATION,
+    GENERATION_IDS,
     MODEL_CONFIG,
     SPECIAL_IDS,
     copy_companions,
@@ -125,7 +126,7 @@ def _warn_of_padding(fixed: int | None, own: int | None) -> None:
 def _write_companions(place: Path, ids: dict[str, int], tokenizer: Tokenizer | None, longest: int) -> None:
     """generation_config.json and the tokenizer's files; what came with an imported model is kept."""
     if not (place / GENERATION).is_file():
-        write_json(place / GENERATION, ids)
+        write_json(place / GENERATION, {key: ids[key] for key in GENERATION_IDS if key in ids})
     if tokenizer is not None:
         write_tokenizer(place, tokenizer, longest)
 

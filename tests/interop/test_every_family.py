@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import shardwright
+from shardwright.interop.check import check_export
 from shardwright.interop.huggingface import Exported, Imported, folders_beside, write_config
 from shardwright.interop.huggingface import read_config as read_model
 from shardwright.interop.weights import WeightFiles, write_weights
@@ -242,6 +243,22 @@ def test_names_and_heads_of_published_files(tmp_path: Path, capsys: pytest.Captu
     done(capsys, "export", tmp_path / "ours", "--output", tmp_path / "back")
     expected, found = answers(masked), answers(opened(tmp_path / "back"))
     assert torch.equal(found["logits"], expected["logits"])
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_the_head_for_pairs_is_compared_too(value: float, tmp_path: Path) -> None:
+    save_theirs(tmp_path / "theirs", "BertForPreTraining", CASES["BertForPreTraining"][2])
+    import_model(str(tmp_path / "theirs"), tmp_path / "ours")
+    export_model(tmp_path / "ours", tmp_path / "back")
+    model = shardwright.load(tmp_path / "ours").model
+    ours = dict(model.named_parameters())
+    written = {"": Exported(model.config, ours)}
+    assert check_export(tmp_path / "back", model.config, ours, written).passed
+    state = load_file(tmp_path / "back/model.safetensors")
+    state["cls.seq_relationship.bias"][0] += value
+    save_file(state, tmp_path / "back/model.safetensors", {"format": "pt"})
+    verdict = check_export(tmp_path / "back", model.config, ours, written)
+    assert not verdict.passed and "BertForPreTraining differ by" in verdict.text
 
 
 #: What begins a run in a test, of objectives that add tokens of their own to the tokenizer's 512.
