@@ -52,10 +52,11 @@ def leaving_at_once(*, last: bool = False) -> Iterator[None]:
 
 
 def _watch(come: int) -> None:
-    """Read the numbers of signals until the other end closes."""
+    """Read the numbers of signals until the other end closes; call those handlers that say that they stand it."""
     while number := os.read(come, 1):
-        if signal.getsignal(number[0]) is _leave:  # training has handlers of its own
-            _leave(number[0], None)
+        handler = signal.getsignal(number[0])
+        if callable(handler) and getattr(handler, "from_any_thread", False):
+            handler(number[0], None)
     os.close(come)
 
 
@@ -68,6 +69,9 @@ def _leave(number: int, _frame: FrameType | None) -> None:
         print(f"shardwright: {_words(signal.Signals(number).name)}", file=sys.stderr)
         sys.stderr.flush()
     os._exit(128 + number)  # an exception could be caught by whatever is being imported
+
+
+_leave.from_any_thread = True  # type: ignore[attr-defined]  # training has handlers of its own
 
 
 def _words(name: str) -> str:

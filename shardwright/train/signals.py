@@ -74,3 +74,7 @@ def _leave_soon(number: int, _frame: FrameType | None) -> None:
     timer = threading.Timer(LINGER_S, os._exit, (128 + number,))
     timer.daemon = True
     timer.start()
+
+
+# Where the main thread waits inside of C, as for the address of a rank that is gone, launcher/early.py calls this.
+_leave_soon.from_any_thread = True  # type: ignore[attr-defined]

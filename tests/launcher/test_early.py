@@ -31,6 +31,33 @@ def test_a_signal_while_torch_is_imported(name: str, code: int, tmp_path: Path) 
     assert errors == f"shardwright: interrupted by {name} while no step was under way; nothing to save\n"
 
 
+WAITING = """
+from datetime import timedelta
+import torch.distributed as dist
+from shardwright.launcher.early import leaving_at_once
+from shardwright.train import signals
+
+signals.LINGER_S = 0.2
+store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+with leaving_at_once(), signals.lingering(2):
+    print("waiting", flush=True)
+    store.wait(["what a lost rank would have set"], timedelta(seconds=120))
+"""
+
+
+def test_a_rank_that_waits_inside_of_torch_leaves_at_sigterm() -> None:
+    """Python's own handlers run when the call returns, which nobody is left to make it do."""
+    process = subprocess.Popen([sys.executable, "-c", WAITING], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "waiting\n"
+        time.sleep(0.5)  # into the wait; a signal that comes before it would prove less, and nothing wrong
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_signals_after_the_last_save_change_nothing(size: int, prepared: Path, tmp_path: Path) -> None:
     """Until the process is gone: with several, torch has meshes to forget; each has its modules to unload."""

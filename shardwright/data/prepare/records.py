@@ -6,7 +6,7 @@ one reading process feeds many of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # Kinds of records, by what `data` holds.
@@ -53,6 +53,18 @@ class BrokenInput(Exception):
 def which_text(where: str) -> str:
     """What to say where the text is not found at that place: `b.json: line 1` is in a member of a tar."""
     return "say text_field=" + (" or which members= to read" if ": " in where else "")
+
+
+def field_of(record: Mapping[Any, Any], field: str, where: str) -> tuple[str, Any]:
+    """(VALUE, what the field holds) or (BROKEN, why); a dotted name reaches inside, unless the record itself has it."""
+    if field in record:
+        return VALUE, record[field]
+    node: Any = record
+    for part in field.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return BROKEN, f"no field {field!r}; it has {', '.join(map(str, list(record)[:8]))}: {which_text(where)}"
+        node = node[part]
+    return VALUE, node
 
 
 class Unit(NamedTuple):

@@ -40,7 +40,7 @@ def find_finished(output: Path, config: PrepareConfig) -> Manifest | None:
 
     None too where files that it names are missing or altered: the work folder is then there to make them again.
     """
-    if not (output / "manifest.json").exists():
+    if not os.path.exists(output / "manifest.json"):  # pathlib would raise where nobody may look
         return None
     try:
         manifest = Manifest.load(output)
@@ -166,9 +166,9 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def locked(output: Path) -> Iterator[Path]:
     """The work folder of an output, for one process at a time; the lock dies with its holder."""
     work = output / WORK
-    if output.is_dir() and not work.is_dir() and any(output.iterdir()):
-        raise ConfigError(f"{output}: holds files that prepare did not write; choose another output= or empty it")
     try:
+        if output.is_dir() and not work.is_dir() and any(output.iterdir()):
+            raise ConfigError(f"{output}: holds files that prepare did not write; choose another output= or empty it")
         work.mkdir(parents=True, exist_ok=True)
         lock = open(work / "lock", "w")  # noqa: SIM115  (held as long as the lock)
     except OSError as error:

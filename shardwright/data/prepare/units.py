@@ -39,7 +39,7 @@ from shardwright.data.prepare.records import (
     Stretch,
     Unit,
     cut_units,
-    which_text,
+    field_of,
 )
 from shardwright.data.prepare.wikitext import article_text
 from shardwright.data.shards import ShardWriter, read_shard_info
@@ -226,14 +226,10 @@ def _field(line: str, field: str, where: str) -> Any:
         raise BrokenRecord(f"not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise BrokenRecord(f"expected a JSON object with a field {field!r}, found {type(value).__name__}")
-    if field in value:
-        return value[field]
-    node: Any = value
-    for part in field.split("."):
-        if not isinstance(node, dict) or part not in node:
-            raise BrokenRecord(f"no field {field!r}; it has {', '.join(list(value)[:8])}: {which_text(where)}")
-        node = node[part]
-    return node
+    kind, found = field_of(value, field, where)
+    if kind == BROKEN:
+        raise BrokenRecord(found)
+    return found
 
 
 def _write_clean(

@@ -5,7 +5,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Callable
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +56,32 @@ def read() -> Callable[..., list[Record]]:
         return list(read_inputs(list_inputs(config.input), config))
 
     return run
+
+
+@pytest.fixture
+def without_root() -> Callable[[], AbstractContextManager[None]]:
+    """A block in which this process may no more than any user; its modules have to be imported before."""
+    return _without_root
+
+
+@contextmanager
+def _without_root() -> Iterator[None]:
+    before = os.getresuid()
+    if before[1] == 0:
+        os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(*before)
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that every user may look into, as the folders of pytest are not."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import tarfile
 from pathlib import Path
 
@@ -198,12 +197,13 @@ def test_wrong_tokenizer_is_told_before_any_work(tmp_path, jsonl, poems):
         run(path, tmp_path / "out", tokenizer={"path": "x", "train": "bpe"})
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_no_permission(tmp_path, jsonl, poems):
-    path = jsonl(tmp_path / "a.jsonl", poems[:3])
-    (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(ConfigError, match="cannot be written"):
-        run(path, tmp_path / "locked" / "out")
+@pytest.mark.parametrize("mode", [0o555, 0o500])  # of root: one that others may look into, and one that they may not
+def test_no_permission(mode, public_folder, without_root, jsonl, poems):
+    path = jsonl(public_folder / "a.jsonl", poems[:3])
+    run(path, public_folder / "out")
+    (public_folder / "locked").mkdir(mode=mode)
+    with without_root(), pytest.raises(ConfigError, match="cannot be written"):
+        run(path, public_folder / "locked" / "out")
 
 
 def test_full_disk_is_one_line(tmp_path, jsonl, poems, monkeypatch):
