@@ -329,7 +329,7 @@ HUGGINGFACE = HuggingFaceMap(
     ),
     prefix="electra.",
     ignored=(".position_ids", ".token_type_ids"),
-    beside={"generator": Beside(GENERATOR, absent={"generator_layers": 0})},
+    beside={"generator": Beside(GENERATOR, absent={"generator_layers": 0}, logits="draft_logits")},
 )
 
 FAMILY = Family(ElectraConfig, Electra, HUGGINGFACE, extra=extra_cost)
