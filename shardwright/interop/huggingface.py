@@ -45,6 +45,8 @@ def read_config(raw: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]] 
 
 def _read_fields(table: HuggingFaceMap, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Our fields from the content of one config.json."""
+    if raw.get("quantization_config") is not None:
+        raise ValueError("config.json: quantization_config is not supported here; take the weights before quantisation")
     raw = {**table.defaults, **raw}
     for key, expected in table.theirs.items():
         found = _get(raw, key)

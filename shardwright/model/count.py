@@ -184,11 +184,13 @@ def activation_bytes(
     inner, kv, parts = c.heads * c.head_width, c.num_kv_heads * c.head_width, 2 if memory is None else 3
     hidden = ((4 if c.gated else 2) - (c.activation in ("relu", "reglu"))) * c.hidden_width
     values = 2 * parts * c.width + 2 * (parts - 1) * inner + 2 * kv + hidden
-    heads = c.qk_norm * (c.heads + c.num_kv_heads)  # that have norms of their own
+    heads = c.qk_norm * ((parts - 1) * c.heads + c.num_kv_heads)  # that have norms of their own
     values += heads * c.head_width
-    statistics = (parts - 1) * c.heads + (parts + heads) * (2 if c.norm == "layer" else 1)
+    norm = 2 if c.norm == "layer" else 1
+    statistics = (parts - 1) * c.heads + (parts + heads) * norm
     masks = parts * c.width if c.residual_dropout else 0
     length = length or c.max_length
     extra = FAMILIES[c.family].extra(c, length, max(tokens // length, 1), 1.0)
-    more = int(tokens * extra.values + extra.fixed) + (memory or 0) * 2 * kv
-    return tokens * (values * value_bytes + statistics * 4 + masks) + more * value_bytes
+    more = int(tokens * extra.values + extra.fixed) * value_bytes
+    source = (2 + c.qk_norm) * kv * value_bytes + c.qk_norm * c.num_kv_heads * norm * 4
+    return tokens * (values * value_bytes + statistics * 4 + masks) + more + (memory or 0) * source

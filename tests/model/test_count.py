@@ -169,18 +169,18 @@ def test_activation_bytes_are_what_autograd_saves(family: str, fields: dict[str,
         memory, context = torch.randn(2, 48, 64, requires_grad=True), context._replace(encoder=None)
         saved = saved_bytes(model.blocks[str(config.layers)], (inputs, memory), context, key) - memory.nbytes
         expected = activation_bytes(config, tokens, value_bytes=4, memory=2 * 48)
-        assert saved == expected + unfused_bytes(config, inputs, norms=3)
+        assert saved == expected + unfused_bytes(config, inputs, norms=3, memory=2 * 48)
 
 
-def unfused_bytes(config: TransformerConfig, inputs: torch.Tensor, norms: int) -> int:
+def unfused_bytes(config: TransformerConfig, inputs: torch.Tensor, norms: int, memory: int = 0) -> int:
     """What a CPU keeps beside, for want of kernels that GPUs have.
 
     RMSNorm keeps its normed input. Attention whose mask has a gradient (T5's) goes by single products: it keeps the
     probabilities in place of a statistic, and keys and values once for each query head.
     """
     rows, length, _ = inputs.shape
-    heads = config.qk_norm * (config.heads + config.num_kv_heads) * config.head_width
-    kept = norms * inputs.numel() + rows * length * heads if config.norm == "rms" else 0
+    heads = rows * length * ((norms - 1) * config.heads + config.num_kv_heads) + memory * config.num_kv_heads
+    kept = norms * inputs.numel() + config.qk_norm * heads * config.head_width if config.norm == "rms" else 0
     if isinstance(config, T5Config):
         kept += rows * config.heads * length * (length - 1)
         kept += 2 * rows * length * (config.heads - config.num_kv_heads) * config.head_width
