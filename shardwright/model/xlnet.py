@@ -160,7 +160,7 @@ class XLNet(LanguageModel):
         return hidden[:, hidden.shape[1] * tokens // (tokens + predicted) :]
 
     def border(self, shapes: Mapping[str, torch.Size]) -> int:
-        """Tokens a row between pipeline stages: of both streams."""
+        """Tokens a row between parts of a model: of both streams."""
         return super().border(shapes) + (shapes["places"][1] if "places" in shapes else 0)
 
     def forward(  # type: ignore[override]
