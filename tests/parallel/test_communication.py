@@ -38,6 +38,14 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "data x pipeline": (4, "parallel.pipeline=2 parallel.data=2", {}),
     "data x pipeline, zero 3": (4, "parallel.pipeline=2 parallel.data=2 parallel.zero=3", {}),
     "tensor x pipeline": (4, "parallel.tensor=2 parallel.pipeline=2", {}),
+    "bart, zero 3": (2, "parallel.zero=3", {"family": "bart"}),
+    "bart, tensor, recomputed": (2, "parallel.tensor=2 train.recompute=full", {"family": "bart"}),
+    "bart, tensor, no sequence": (2, "parallel.tensor=2 parallel.sequence=false", {"family": "bart"}),
+    "bart, tensor x pipeline": (4, "parallel.tensor=2 parallel.pipeline=2", {"family": "bart"}),
+    "t5, tensor": (2, "parallel.tensor=2", {"family": "t5", "decoder_layers": 2}),
+    "t5, context": (2, "parallel.context=2", {"family": "t5", "decoder_layers": 2}),
+    "t5, pipeline": (2, "parallel.pipeline=2", {"family": "t5", "decoder_layers": 2}),
+    "t5, pipeline, zbv": (2, "parallel.pipeline=2 parallel.schedule=zbv", {"family": "t5"}),
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from benchmarks.counting import Traffic
 from shardwright.config import Config
 from shardwright.estimate.communication import Amounts, plus, step_communication
 from shardwright.estimate.share import Layout, Place, Work
+from shardwright.model.encoder_decoder import EncoderDecoderConfig
 from shardwright.model.families import build_model
 from shardwright.parallel.mesh import AXES, World, build_world
 from shardwright.train.build import build_step
@@ -19,6 +20,7 @@ from shardwright.train.settings import read_config
 from shardwright.train.step import Step
 
 MICRO_BATCHES = 4
+TARGET = 8  # tokens of an encoder-decoder's target
 SPANS = {"world": AXES, "shard": ("shard", "context")}  # of the formulas' axes, where it is not the mesh's own
 MODEL = {"family": "gpt2", "layers": 3, "width": 32, "heads": 4, "max_length": 64, "vocab_size": 61}
 CONFIG: dict[str, Any] = {
@@ -38,13 +40,15 @@ def make_config(overrides: list[str], **model: Any) -> Config:
 
 
 def make_batches(config: Config, count: int = MICRO_BATCHES) -> list[dict[str, Tensor]]:
-    """Micro-batches of random tokens."""
+    """Micro-batches of random tokens; of an encoder-decoder those are sources, and their beginnings targets."""
     shape = (config.batch.micro, config.data.sequence_length)
     made = []
     for number in range(count):
         tokens = torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(number))
+        source = {"encoder_ids": tokens} if isinstance(config.model, EncoderDecoderConfig) else {}
+        own = tokens[:, :TARGET].contiguous() if source else tokens
         rows = torch.arange(shape[0]) + number * shape[0]
-        made.append({"input_ids": tokens, "labels": tokens, "weights": torch.ones(shape), "sequence": rows})
+        made.append({"input_ids": own, "labels": own, "weights": torch.ones(own.shape), "sequence": rows, **source})
     return made
 
 
@@ -83,7 +87,8 @@ def _spoil(step: Step, what: str) -> None:
 def _expect(config: Config, world: World) -> Amounts:
     parallel = config.parallel
     layout = Layout.of(parallel, world.size, num_virtual(config))
-    work = Work.of(config, MICRO_BATCHES)
+    target = TARGET if isinstance(config.model, EncoderDecoderConfig) else None
+    work = Work.of(config, MICRO_BATCHES, target=target)
     spread = world.index("shard") * world.degree("context") + world.index("context")
     place = Place(pipeline=world.index("pipeline"), spread=spread, tensor=world.index("tensor"))
     return step_communication(config.model, layout, work, place=place, stages=_stages(config, world))  # type: ignore
