@@ -14,7 +14,7 @@ from shardwright.parallel.mesh import World
 from shardwright.train import build
 from shardwright.train.build import build_corpus, build_loader, build_step, build_validation, fit_to_corpus
 from shardwright.train.course import Course
-from shardwright.train.evaluate import evaluate
+from shardwright.train.evaluate import _figures, evaluate
 from shardwright.train.settings import read_config
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -55,6 +55,15 @@ def test_masked_steps_and_evaluation(tiny: Tiny, monkeypatch: pytest.MonkeyPatch
     found, other = (evaluate(step.stages, validation) for _ in range(2))
     assert found == other and found is not None and found.keys() == {"val_loss", "val_perplexity"}
     assert abs(found["val_loss"] - losses[-1]) < 0.5
+
+
+def test_an_evaluation_tells_of_each_term(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "check_objective", lambda config: None)
+    config = _fitted(tiny("objective={name: replaced, weight: 3.0}"))
+    figures = _figures([6.0, 2.0], [3.0, 8.0], build_validation(config, WORLD))
+    assert figures == {
+        "val_loss": 2.75, "val_perplexity": math.exp(2.0), "val_masked_loss": 2.0, "val_replaced_loss": 0.25,
+    }  # fmt: skip
 
 
 def test_marks_that_a_corpus_lacks_are_asked_for(tiny: Tiny, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
