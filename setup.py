@@ -54,7 +54,7 @@ EXTRAS = {
         "sentencepiece>=0.2",
         "tiktoken>=0.8",
     ],
-    "hf": ["transformers>=5.0,<6", "datasets>=4.0", "peft>=0.17"],
+    "hf": ["transformers>=5.0,<6", "huggingface_hub>=1.0", "datasets>=4.0", "peft>=0.17"],
     "deepspeed": ["deepspeed>=0.19.8"],  # earlier ones have known wrong-gradient bugs at ZeRO stage 2
     "accelerate": ["accelerate>=1.10"],
     "ray": ["ray>=2.60"],  # earlier ones start without a token

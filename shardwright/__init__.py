@@ -20,7 +20,8 @@ __version__ = "0.1.0"
 
 
 def load(path: str | Path, *, device: str = "auto") -> Loaded:
-    """Model, tokenizer and config of a run folder or checkpoint; `load(p)(input_ids=...)["logits"]`."""
+    """Model, tokenizer and config of a run folder, a checkpoint, an imported model or a Hugging Face folder;
+    `load(p)(input_ids=...)["logits"]`."""
     from shardwright.train.load import load as open_
 
     return open_(path, device=device)

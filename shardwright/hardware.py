@@ -19,6 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import psutil
 from pydantic import Field
 
 from shardwright import __version__
@@ -273,6 +274,21 @@ def _nvml_handle(device: torch.device) -> Any | None:
 
         pynvml.nvmlInit()
         return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    return None
+
+
+def memory() -> tuple[int, int]:
+    """(total, free) bytes that this process may use: the machine's, or its container's where that is less."""
+    machine = psutil.virtual_memory()
+    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    if limit is None or limit >= machine.total:
+        return machine.total, machine.available
+    return int(limit), int(min(machine.available, limit - (used or 0)))
+
+
+def _cgroup(name: str) -> float | None:
+    with suppress(OSError, ValueError):
+        return float((Path("/sys/fs/cgroup") / name).read_text())
     return None
 
 

@@ -120,8 +120,8 @@ def reference() -> str:
                 parts += [f"#### {name}", "\n".join([HEAD, *rows(config, f"{section}.")])]
         elif isinstance(inner, type) and issubclass(inner, Strict):
             parts += [f"### {section}", "\n".join([HEAD, *rows(inner, f"{section}.")])]
-    top = [row for row in rows(SCHEMA) if row.startswith("| `run` ")]
-    parts += ["### run", "\n".join([HEAD, *top])]
+    top = [row for row in rows(SCHEMA) if row.startswith(("| `run` ", "| `begin` ", "| `engine` "))]
+    parts += ["### run, begin, engine", "\n".join([HEAD, *top])]
     parts += ["## A corpus: `shardwright prepare`", "\n".join([HEAD, *rows(PrepareConfig)])]
     return "\n\n".join(parts) + "\n"
 

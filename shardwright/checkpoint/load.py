@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -41,6 +41,7 @@ from shardwright.checkpoint.integrity import (
     CheckpointError,
     Chunk,
     Manifest,
+    RankEntry,
     RankManifest,
     TensorInfo,
     open_tensor_file,
@@ -55,6 +56,7 @@ from shardwright.log import Bar, get_logger, progress
 GROUP_BYTES = 32 << 20  # read, checked and copied at a time
 QUIET_BYTES = 2 << 30  # less than this takes about two seconds: no bar
 NAMES_SHOWN = 8
+ReadRank = Callable[[Path, int, RankEntry], RankManifest]
 
 
 def load(
@@ -83,7 +85,7 @@ def load(
         asked = _union_of_names(manifest, tensors, ranks)
         stored = {name: info for name, info in manifest.tensors.items() if name.startswith(within)}
         ranks.together(doing, partial(_check_match, path, stored, tensors, asked, partial_load, cast))
-        count = ranks.together(doing, partial(_fill, path, manifest, tensors, ranks))
+        count = ranks.together(doing, partial(fill, path, manifest, tensors, ranks))
     get_logger().info(
         "checkpoint: restored %d of %d tensors from %s (%.1f MB on this rank, %.1f s)",
         len(asked), len(stored), path, (count or 0) / 1e6, time.monotonic() - begin,
@@ -145,9 +147,15 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + more
 
 
-def _fill(path: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor], ranks: Ranks) -> int:
-    """Read this rank's boxes; returns their bytes."""
-    reader = CheckedReader(path, manifest, wanted_boxes(tensors), ranks)
+def fill(
+    path: Path,
+    manifest: Manifest,
+    tensors: Mapping[str, torch.Tensor],
+    ranks: Ranks,
+    read_rank: ReadRank = read_rank_manifest,
+) -> int:
+    """Read this rank's boxes of tensors that fit; returns their bytes. `read_rank` may keep the ranks' manifests."""
+    reader = CheckedReader(path, manifest, wanted_boxes(tensors), ranks, read_rank)
     planner = TensorPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     metadata = reader.read_metadata()
     planner.set_up_planner(dict(tensors), metadata, is_coordinator=ranks.rank == 0)
@@ -191,9 +199,15 @@ class CheckedReader(HuggingFaceStorageReader):
     """
 
     def __init__(
-        self, checkpoint: Path, manifest: Manifest, wanted: Mapping[str, list[ChunkStorageMetadata]], ranks: Ranks
+        self,
+        checkpoint: Path,
+        manifest: Manifest,
+        wanted: Mapping[str, list[ChunkStorageMetadata]],
+        ranks: Ranks,
+        read_rank: ReadRank = read_rank_manifest,
     ) -> None:
         super().__init__(str(checkpoint))
+        self.read_rank = read_rank
         self.checkpoint, self.manifest, self.wanted = checkpoint, manifest, wanted
         self.guess = ranks.rank * len(manifest.ranks) // ranks.size  # who held this rank's place when it was written
         self.bar = Bar(None, "bytes", "restoring")
@@ -219,7 +233,7 @@ class CheckedReader(HuggingFaceStorageReader):
         return Metadata(dict(table), storage_data=self.places)
 
     def _look_into(self, rank: int, table: dict[str, TensorStorageMetadata], lacking: dict[str, int]) -> None:
-        manifest = read_rank_manifest(self.checkpoint, rank, self.manifest.ranks[rank])
+        manifest = self.read_rank(self.checkpoint, rank, self.manifest.ranks[rank])
         for chunk in manifest.chunks:
             index = MetadataIndex(chunk.name, chunk.offsets)
             if chunk.name not in lacking or index in self.places:

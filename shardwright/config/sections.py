@@ -299,6 +299,9 @@ class Config(Strict):
     """A complete run."""
 
     run: str | None = free(None, "Run folder; default runs/<name of the config>")
+    begin: str | None = meaning(
+        None, "Run folder, checkpoint or imported model whose weights the run begins with; null draws them"
+    )
     model: ModelConfig
     objective: ObjectiveConfig
     data: DataConfig = DataConfig()

@@ -1,5 +1,5 @@
 """Data: text becomes token shards (prepare), shards become batches in a reproducible order (shards, order, stream,
-pack, loader, remote).
+examples, loader, remote).
 
 This room sits above `model`, `objective` and `parallel` and below `interop` and `train`. Import from its modules.
 """

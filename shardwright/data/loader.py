@@ -22,7 +22,6 @@ from torch import Tensor
 from shardwright.config import ConfigError
 from shardwright.data.buffers import BufferPool
 from shardwright.data.order import Plan
-from shardwright.data.stream import Sequences
 from shardwright.data.workers import WorkerPool
 from shardwright.objective.raw import Arrays, Empty
 
@@ -45,14 +44,14 @@ class Corrupts(Protocol):
 
 
 class SequenceReader(Protocol):
-    """What `Stream` and `ValidationStream` have in common."""
+    """What the readers of sequences and those of examples have in common."""
 
     @property
     def num_sequences(self) -> int | None: ...
     @property
     def raw_length(self) -> int: ...
     def neighbours(self, numbers: np.ndarray) -> np.ndarray: ...
-    def batches(self, numbers: np.ndarray, size: int) -> Iterator[Sequences]: ...
+    def batches(self, numbers: np.ndarray, size: int) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,10 @@ class Reader:
         micro = tasks[0].share.shape[1]
         size = micro * max(1, _BLOCK_TOKENS // (self.stream.raw_length * micro))
         numbers = np.concatenate([task.share for task in tasks]).reshape(-1)
-        for sequences in self._sequences(numbers, size):
-            yield self.objective.corrupt(sequences, self._buffers.empty)
+        for raw in self._given(numbers, size):
+            yield self.objective.corrupt(raw, self._buffers.empty)
 
-    def _sequences(self, numbers: np.ndarray, size: int) -> Iterator[Sequences]:
+    def _given(self, numbers: np.ndarray, size: int) -> Iterator[Any]:
         """`size` rows at a time, and after them as many neighbours where the objective wants these."""
         if not self.objective.neighbours:
             return self.stream.batches(numbers, size)
@@ -198,7 +197,9 @@ class Loader:
             self._pool = None
 
     def _read(self, tasks: Iterator[_Task]) -> Generator[_Read, None, None]:
-        reader = Reader(self.stream, self._objective)  # with buffers of its own: a thread left behind may still fill its
+        reader = Reader(
+            self.stream, self._objective
+        )  # with buffers of its own: a thread left behind may still fill its
         for group in _grouped(tasks, _ORDER_SEQUENCES):
             yield from _steps(group, reader(group))
 

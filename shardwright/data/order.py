@@ -25,6 +25,7 @@ _SHARDS, _ROTATION, _BLOCK, _MIXTURE = 1, 2, 3, 4
 _ROUNDS = 3
 _EPOCHS_KEPT = 8
 
+
 def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
     """Where a keyed permutation of [0, size) sends `index`, element by element, without making the permutation.
 

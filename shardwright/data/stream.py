@@ -169,7 +169,7 @@ class Stream:
         or foreign manifest.
         """
         self.sources = [Source(source) if isinstance(source, str) else source for source in sources]
-        self.files = _open_sources(self.sources, split, cache, allow, wanted)
+        self.files = open_sources(self.sources, split, cache, allow, wanted)
         self.wanted = wanted
         self.tokenizer: dict[str, Any] = self.files[0].manifest.tokenizer
         self._dtype = np.result_type(*(DTYPES[files.manifest.dtype] for files in self.files))
@@ -284,7 +284,7 @@ class ValidationStream:
     ) -> None:
         """Read the manifests; the splits of several sources follow one another."""
         given = [Source(s) if isinstance(s, str) else s for s in sources]
-        self.files = _open_sources(given, split, cache, allow, wanted)
+        self.files = open_sources(given, split, cache, allow, wanted)
         self.wanted = wanted
         self.tokenizer: dict[str, Any] = self.files[0].manifest.tokenizer
         self._dtype = np.result_type(*(DTYPES[files.manifest.dtype] for files in self.files))
@@ -350,9 +350,10 @@ def _listed(array: np.ndarray) -> list[Any]:
     return array.tolist()
 
 
-def _open_sources(
+def open_sources(
     sources: Sequence[Source], split: str, cache: ShardCache | None, allow: Collection[str], wanted: Wanted
 ) -> list[ShardFiles]:
+    """The shards of every source; ConfigError where they do not fit together or lack what is wanted."""
     if not sources:
         raise ConfigError("data: no source; name a prepared folder with data.path=FOLDER (see `shardwright prepare`)")
     opened = [ShardFiles(source.path, split, cache, allow) for source in sources]
@@ -364,6 +365,7 @@ def _open_sources(
                 "prepare one of them again with the other's tokenizer.json"
             )
     for files in opened if wanted.marks else ():
-        if files.sizes:
-            files.shard(0).check_marks(wanted.marks)  # now, rather than in the middle of the first step
+        filled = next((number for number, size in enumerate(files.sizes) if size), None)
+        if filled is not None:
+            files.shard(filled).check_marks(wanted.marks)  # now, rather than in the middle of the first step
     return opened

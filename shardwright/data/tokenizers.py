@@ -60,6 +60,9 @@ class Backend(Protocol):
     def token_id(self, token: str) -> int | None:
         """Id of a token by its text, None where the vocabulary lacks it."""
 
+    def spelling(self, token: int) -> str | None:
+        """Text of a token as the vocabulary has it, None where it lacks that id."""
+
 
 class Tokenizer:
     """A vocabulary with its end-of-document token.
@@ -136,6 +139,10 @@ class Tokenizer:
         """Id of a token by its text ("[MASK]", "<pad>"), None where the vocabulary lacks it."""
         return self.backend.token_id(token)
 
+    def spelling(self, token: int) -> str | None:
+        """Text of a token as the vocabulary has it ("</s>", "Ġthe"), None where it lacks that id."""
+        return self.backend.spelling(token)
+
 
 class StreamDecoder:
     """Text of a growing list of tokens, piece by piece; the pieces joined are `decode` of the whole list.
@@ -203,6 +210,9 @@ class HuggingFaceBackend:
     def token_id(self, token: str) -> int | None:
         return self.library.token_to_id(token)
 
+    def spelling(self, token: int) -> str | None:
+        return self.library.id_to_token(token)
+
 
 class SentencePieceBackend:
     """A SentencePiece model through its own library: conversions differ from it in corner cases."""
@@ -230,6 +240,9 @@ class SentencePieceBackend:
     def token_id(self, token: str) -> int | None:
         number = self.library.piece_to_id(token)
         return number if self.library.id_to_piece(number) == token else None
+
+    def spelling(self, token: int) -> str | None:
+        return self.library.id_to_piece(token) if 0 <= token < self.vocab_size else None
 
 
 def files_of(path: str | Path) -> list[dict[str, str]]:

@@ -1,7 +1,8 @@
-"""Hugging Face's config and tensors to ours and back, in memory, from the maps that families carry as data.
+"""Hugging Face's config and tensors to ours and back, from the maps that families carry as data.
 
-Stands on model/families.py. Tensors are taken one rule at a time, so a mapping that reads lazily is never held whole.
-Every tensor is accounted for: what is missing, unexpected or of another shape is an error that names it.
+Stands on model/families.py. Either side's tensors are a view of the other's, made one at a time, so that what reads
+lazily is never held whole. Every tensor is accounted for: what is missing, unexpected or of another shape is an error
+that names it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardwright.config import parse
 from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.family import Family, HuggingFaceMap, OneOf, TensorRule
 from shardwright.model.transformer import TransformerConfig
@@ -38,11 +40,13 @@ def read_config(raw: Mapping[str, Any], beside: Mapping[str, Mapping[str, Any]] 
                 raise ValueError(
                     f"{folder}/config.json: says {value!r} of what is {fields[field]!r} beside it ({field})"
                 )
-    return family.config.model_validate(fields)
+    return parse(family.config, fields, "config.json")
 
 
 def _read_fields(table: HuggingFaceMap, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Our fields from the content of one config.json."""
+    if raw.get("quantization_config") is not None:
+        raise ValueError("config.json: quantization_config is not supported here; take the weights before quantisation")
     raw = {**table.defaults, **raw}
     for key, expected in table.theirs.items():
         found = _get(raw, key)
@@ -94,28 +98,150 @@ def write_config(config: TransformerConfig, folder: str = "") -> dict[str, Any]:
     return raw
 
 
+def may_lie_beside(raw: Mapping[str, Any]) -> list[str]:
+    """Folders that a model with this config.json may have inside, of other models that ours holds as well."""
+    return list(_map_of(_find_family(raw.get("model_type"))[1]).beside)
+
+
 def folders_beside(config: TransformerConfig) -> list[str]:
     """Folders inside an exported one, of models of theirs that ours holds as well."""
     beside = _map_of(FAMILIES[config.family]).beside.items()
     return [folder for folder, part in beside if any(getattr(config, f) != v for f, v in part.absent.items())]
 
 
-def import_all(config: TransformerConfig, sources: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Our (name, tensor) pairs from all of their models that ours holds, by folder; "" is the one that gives its name.
+def method_beside(config: TransformerConfig, folder: str) -> str | None:
+    """The method of our model that gives the logits of theirs in `folder`; None where a call of it does."""
+    return _map_of(FAMILIES[config.family]).beside[folder].logits if folder else None
+
+
+def as_theirs(config: TransformerConfig) -> TransformerConfig:
+    """Our config of what their code computes, where it lacks a part whose weights it carries."""
+    return config.model_copy(update=dict(_map_of(FAMILIES[config.family]).lacks))
+
+
+class Imported(Mapping[str, Tensor]):
+    """Our tensors as a view of theirs: each is made when it is asked for.
+
+    So a source that reads lazily is never held whole. `meta` holds theirs on the meta device where `theirs` reads; ours
+    are in the attribute of that name. `dtype` None leaves each its own. `folder`: those of the model that theirs has
+    there (ELECTRA's generator); `ImportedAll` is of all of them. ValueError where names or shapes do not fit.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        theirs: Mapping[str, Tensor],
+        meta: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        folder: str = "",
+    ) -> None:
+        table, self._shapes = _map_of(FAMILIES[config.family], folder), _shapes(config)
+        _check_covered(config, self._shapes)
+        rules = _expand(table, config, self._shapes)
+        self._config, self._theirs, self._dtype = config, theirs, dtype
+        self._names = _their_names(table, theirs)
+        expected = {rule.theirs for rule in rules}
+        _check_names("Hugging Face tensors", expected, set(self._names), _optional(table, config))
+        _check_copies(table, config, theirs, self._names)
+        for name in set(table.zero) & set(self._names) - expected:
+            if theirs[self._names[name]].any():
+                raise ValueError(f"{name}: is not zero, and the config has no place for it; set {table.zero[name]}")
+        self._rules = {name: rule for rule in rules for name in rule.ours}
+        source = _on_meta(theirs) if meta is None else meta
+        self.meta = {name: part for rule in rules for name, part in self._parts(rule, source).items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._parts(self._rules[name], self._theirs)[name].contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+    def _parts(self, rule: TensorRule, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our tensors of one rule, as views of theirs where the dtype stays."""
+        tensor, sizes = source[self._names[rule.theirs]], [self._shapes[name][0] for name in rule.ours]
+        tensor = tensor.squeeze(0) if rule.row and tensor.dim() > 1 else tensor
+        joined = (sum(sizes), *self._shapes[rule.ours[0]][1:])
+        lying = joined[::-1] if rule.transpose else joined
+        expected = lying if rule.shape is None else rule.shape(self._config)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"{rule.theirs}: has shape {tuple(tensor.shape)}, the config says {expected}")
+        tensor = tensor.reshape(lying)
+        tensor = tensor.t() if rule.transpose else tensor
+        parts = rule.split(tensor.to(self._dtype or tensor.dtype), sizes, self._config.heads)
+        return dict(zip(rule.ours, parts, strict=True))
+
+
+class ImportedAll(Mapping[str, Tensor]):
+    """Our tensors as a view of all of their models that ours holds, by folder; "" is the one that gives its name.
 
     ValueError where one is missing, or what two of them name is not equal in both.
     """
-    if missing := [folder for folder in folders_beside(config) if folder not in sources]:
-        raise ValueError(f"Hugging Face tensors do not fit the config: those of its {missing[0]} are missing")
-    several: dict[str, Tensor] = {}
-    for folder, tensors in sources.items():
-        for name, tensor in import_tensors(config, tensors, folder):
-            if name in several and not torch.equal(several[name], tensor):
-                raise ValueError(f"{folder}: {name} differs from that beside it, but one is trained for both")
-            if name not in several:
-                yield name, tensor
-            if len(sources) > 1:
-                several[name] = tensor
+
+    def __init__(self, config: TransformerConfig, sources: Mapping[str, Imported]) -> None:
+        if missing := [folder for folder in folders_beside(config) if folder not in sources]:
+            raise ValueError(f"Hugging Face tensors do not fit the config: those of its {missing[0]} are missing")
+        self._source: dict[str, Imported] = {}
+        self.meta: dict[str, Tensor] = {}
+        for folder, tensors in sources.items():
+            for name in tensors:
+                if name in self._source and not torch.equal(self._source[name][name], tensors[name]):
+                    raise ValueError(f"{folder}: {name} differs from that beside it, but one is trained for both")
+                self._source.setdefault(name, tensors)
+                self.meta.setdefault(name, tensors.meta[name])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._source[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+
+class Exported(Mapping[str, Tensor]):
+    """Their tensors as a view of ours, as their files have them: a tied head is not repeated. As `Imported`."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        ours: Mapping[str, Tensor],
+        meta: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        folder: str = "",
+    ) -> None:
+        table, shapes = _map_of(FAMILIES[config.family], folder), _shapes(config)
+        _check_names("tensors", set(shapes), set(ours), set())
+        _check_covered(config, shapes)
+        self._rules = {rule.theirs: rule for rule in _expand(table, config, shapes)}
+        self._config, self._ours, self.dtype = config, ours, dtype
+        source = _on_meta(ours) if meta is None else meta
+        self.meta = {name: self._joined(rule, source) for name, rule in self._rules.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._joined(self._rules[name], self._ours)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+    def _joined(self, rule: TensorRule, source: Mapping[str, Tensor]) -> Tensor:
+        tensor = rule.join([source[name] for name in rule.ours], self._config.heads)
+        tensor = tensor.to(self.dtype or tensor.dtype)
+        tensor = tensor.unsqueeze(0) if rule.row else tensor
+        tensor = tensor.t() if rule.transpose else tensor
+        return (tensor if rule.shape is None else tensor.reshape(rule.shape(self._config))).contiguous()
+
+
+def import_all(config: TransformerConfig, sources: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Our (name, tensor) pairs from all of their models that ours holds, by folder; see `ImportedAll`."""
+    every = {folder: Imported(config, tensors, folder=folder) for folder, tensors in sources.items()}
+    yield from ImportedAll(config, every).items()
 
 
 def import_tensors(
@@ -125,43 +251,18 @@ def import_tensors(
 
     All of ours, or those that the model in `folder` holds.
     """
-    table, shapes = _map_of(FAMILIES[config.family], folder), _shapes(config)
-    _check_covered(config, shapes)
-    rules = _expand(table, config, shapes)
-    names = _their_names(table, theirs)
-    expected_names = {rule.theirs for rule in rules}
-    _check_names("Hugging Face tensors", expected_names, set(names), _optional(table, config))
-    _check_copies(table, config, theirs, names)
-    for name in set(table.zero) & set(names) - expected_names:
-        if theirs[names[name]].any():
-            raise ValueError(f"{name}: is not zero, and the config has no place for it; set {table.zero[name]}")
-    for rule in rules:
-        tensor = theirs[names[rule.theirs]]
-        tensor = tensor.squeeze(0) if rule.row and tensor.dim() > 1 else tensor
-        sizes = [shapes[name][0] for name in rule.ours]
-        joined = (sum(sizes), *shapes[rule.ours[0]][1:])
-        lying = joined[::-1] if rule.transpose else joined
-        expected = lying if rule.shape is None else rule.shape(config)
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{rule.theirs}: has shape {tuple(tensor.shape)}, the config says {expected}")
-        tensor = tensor.reshape(lying)
-        tensor = tensor.t() if rule.transpose else tensor
-        for name, part in zip(rule.ours, rule.split(tensor, sizes, config.heads), strict=True):
-            yield name, part.contiguous()
+    yield from Imported(config, theirs, folder=folder).items()
 
 
 def export_tensors(
     config: TransformerConfig, ours: Mapping[str, Tensor], folder: str = ""
 ) -> Iterator[tuple[str, Tensor]]:
     """Their (name, tensor) pairs from our tensors, as their files have them: a tied head is not repeated."""
-    table, shapes = _map_of(FAMILIES[config.family], folder), _shapes(config)
-    _check_names("tensors", set(shapes), set(ours), set())
-    _check_covered(config, shapes)
-    for rule in _expand(table, config, shapes):
-        tensor = rule.join([ours[name] for name in rule.ours], config.heads)
-        tensor = tensor.unsqueeze(0) if rule.row else tensor
-        tensor = tensor.t() if rule.transpose else tensor
-        yield rule.theirs, (tensor if rule.shape is None else tensor.reshape(rule.shape(config))).contiguous()
+    yield from Exported(config, ours, folder=folder).items()
+
+
+def _on_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("meta") for name, tensor in tensors.items()}
 
 
 def _find_family(model_type: Any) -> tuple[str, Family]:

@@ -24,7 +24,7 @@ from typing import Literal
 
 import psutil
 
-from shardwright.hardware import device_name, find_device, versions
+from shardwright.hardware import device_name, find_device, memory, versions
 
 GIB = 2**30
 Status = Literal["ok", "missing", "warning", "failed"]
@@ -167,26 +167,11 @@ def check_apex() -> Check:
     return Check("features", "NVIDIA apex", "warning", "the apex that is installed is PyPI's unrelated project", remedy)
 
 
-def memory() -> tuple[int, int]:
-    """(total, free) bytes that this process may use: the machine's, or its container's where that is less."""
-    machine = psutil.virtual_memory()
-    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
-    if limit is None or limit >= machine.total:
-        return machine.total, machine.available
-    return int(limit), int(min(machine.available, limit - (used or 0)))
-
-
 def cpu_quota() -> float | None:
     """CPUs that the container grants; None where there is no limit."""
     with suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return float(quota) / float(period)
-    return None
-
-
-def _cgroup(name: str) -> float | None:
-    with suppress(OSError, ValueError):
-        return float((Path("/sys/fs/cgroup") / name).read_text())
     return None
 
 

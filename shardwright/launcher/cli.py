@@ -24,6 +24,7 @@ from shardwright import __version__
 from shardwright.config import ConfigError, RunError, apply_override
 from shardwright.launcher.arguments import ConfigName, Json, Overrides
 from shardwright.launcher.early import leaving_at_once
+from shardwright.launcher.exchange import export, import_
 from shardwright.launcher.leash import on_leash
 from shardwright.launcher.network import choose_interface
 from shardwright.launcher.ways import launch
@@ -135,26 +136,13 @@ def train(
 app.command(epilog="Example: shardwright launch --nproc 4 configs/english.yaml parallel.tensor=2")(launch)
 
 
-@app.command(name="import", epilog="Example: shardwright import --deepspeed old configs/mine.yaml run=runs/mine")
-def import_weights(
-    config: ConfigName,
-    deepspeed: Annotated[Path, typer.Option(metavar="FOLDER", help="What DeepSpeed's save_checkpoint wrote")],
-    overrides: Overrides = None,
-    tag: Annotated[str | None, typer.Option(help="Such as global_step100; default the latest")] = None,
-) -> None:
-    """Begin a run with the weights of another program. DeepSpeed's files are pickles: only import what you trust."""
-    from shardwright.interop.deepspeed import read_weights
-    from shardwright.train.begin import begin
-    from shardwright.train.settings import read_config
-
-    weights = read_weights(deepspeed, tag)
-    place = begin(read_config(config, overrides or ()), weights)
-    print(f"{place}: {len(weights)} tensors of {deepspeed}; shardwright train goes on from there")
+app.command(name="import", epilog="Example: shardwright import openai-community/gpt2 --output models/gpt2")(import_)
+app.command(epilog="Example: shardwright export runs/english --output english-hf --dtype bf16")(export)
 
 
 @app.command(name="eval", epilog="Example: shardwright eval runs/english")
 def evaluate(
-    run_folder: Annotated[Path, typer.Argument(help="Run folder or checkpoint")],
+    run_folder: Annotated[Path, typer.Argument(help="Run folder, checkpoint or Hugging Face folder")],
     data: Annotated[str | None, typer.Option(help="Prepared folder; default the run's own")] = None,
     as_json: Json = False,
 ) -> None:
@@ -169,7 +157,7 @@ def evaluate(
 
 @app.command(epilog='Example: shardwright generate runs/english --prompt "Fellow citizens" --tokens 100')
 def generate(
-    run_folder: Annotated[Path, typer.Argument(help="Run folder or checkpoint")],
+    run_folder: Annotated[Path, typer.Argument(help="Run folder, checkpoint or Hugging Face folder")],
     prompt: Annotated[str, typer.Option(help="Text to go on from")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token")] = 0.8,

@@ -29,7 +29,8 @@ import torch.distributed as dist
 
 from shardwright import __version__
 from shardwright.config import Config, ConfigError
-from shardwright.launcher.checks import GIB, driver_devices, memory
+from shardwright.hardware import memory
+from shardwright.launcher.checks import GIB, driver_devices
 from shardwright.launcher.network import bind, choose_interface, find_route, interface_address
 from shardwright.launcher.rollcall import Fault, RollCall
 from shardwright.launcher.world import Place, is_loopback

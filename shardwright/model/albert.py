@@ -1,9 +1,8 @@
 """ALBERT (Lan et al. 2020): BERT with narrow token vectors and one block that is run `layers` times.
 
-A line of families.py; sizes are those of the paper, as published in version 2. What one block means for a layout: ZeRO
-gathers it once a use and adds its gradients up; tensor ranks share it as any block; a pipeline cannot part it, since
-each stage would hold a copy with a part of the gradient and run it for a part of the layers, so that all of its stages
-do but what one rank could. Its second objective is the order of sentences, on BERT's head for pairs.
+A line of families.py; sizes are those of the paper, as published in version 2. One block means: its gradient is the sum
+over all of its uses, and where a model is cut into parts the block stays whole. Its second objective is the order of
+sentences, on BERT's head for pairs.
 """
 
 from __future__ import annotations

@@ -170,8 +170,9 @@ def activation_bytes(
     Values a token, without a compiler: both norms' inputs and outputs (4 D), q, k, v and the attention's output
     (2 H d + 2 K d), and of the feed-forward layer its pre-activation and the input of `down` (2 F), or gate,
     activated gate, up and their product (4 F), one less where the activation is a ReLU, which goes back through its
-    own result. Plus float32 statistics: one a head (log-sum-exp), one (RMS) or two
-    (mean and deviation) a norm. Dropout is recomputed from its keys but keeps a bool a value and site.
+    own result. Norms of queries and keys keep their inputs (H d + K d). Plus float32 statistics: one a head
+    (log-sum-exp), one (RMS) or two (mean and deviation) a norm, of which queries and keys have one a head. Dropout is
+    recomputed from its keys but keeps a bool a value and site.
     `length`: tokens of a sequence, the longest by default; it matters where a family keeps something for each pair.
     A recomputed block keeps its input alone. A compiled block keeps less: what is cheap it computes again. Where
     torch has no fused RMSNorm (CPU), each keeps D values more. `memory`: tokens of the source that a decoder's block
@@ -183,9 +184,13 @@ def activation_bytes(
     inner, kv, parts = c.heads * c.head_width, c.num_kv_heads * c.head_width, 2 if memory is None else 3
     hidden = ((4 if c.gated else 2) - (c.activation in ("relu", "reglu"))) * c.hidden_width
     values = 2 * parts * c.width + 2 * (parts - 1) * inner + 2 * kv + hidden
-    statistics = (parts - 1) * c.heads + parts * (2 if c.norm == "layer" else 1)
+    heads = c.qk_norm * ((parts - 1) * c.heads + c.num_kv_heads)  # that have norms of their own
+    values += heads * c.head_width
+    norm = 2 if c.norm == "layer" else 1
+    statistics = (parts - 1) * c.heads + (parts + heads) * norm
     masks = parts * c.width if c.residual_dropout else 0
     length = length or c.max_length
     extra = FAMILIES[c.family].extra(c, length, max(tokens // length, 1), 1.0)
-    more = int(tokens * extra.values + extra.fixed) + (memory or 0) * 2 * kv
-    return tokens * (values * value_bytes + statistics * 4 + masks) + more * value_bytes
+    more = int(tokens * extra.values + extra.fixed) * value_bytes
+    source = (2 + c.qk_norm) * kv * value_bytes + c.qk_norm * c.num_kv_heads * norm * 4
+    return tokens * (values * value_bytes + statistics * 4 + masks) + more + (memory or 0) * source

@@ -36,7 +36,7 @@ class DebertaConfig(EncoderConfig):
 
     family: Literal["deberta"] = meaning("deberta", "Model family")
     norm_eps: float = meaning(1e-7, "Added to the variance", gt=0)
-    positions: Literal["learned", "none"] = meaning("none", "Absolute positions at the input; v1 to v3 have none")  # type: ignore[assignment]
+    positions: Literal["learned", "none"] = meaning("none", "Absolute positions at the input; v1 to v3 have none")
     token_types: int = meaning(0, "Kinds of segments that a token may be of; 0 leaves their vectors out", ge=0)
     key_bias: bool = meaning(False, "Keys, of tokens and of distances, have a bias as queries do")
     relative_span: int = meaning(-1, "Distance from which on all are alike; -1 is max_length", ge=-1)
@@ -103,7 +103,6 @@ class DebertaV2Config(DebertaConfig):
 class Deberta(Encoder):
     """An encoder whose blocks share a table of distances."""
 
-    #: Modules beside the blocks, of which every stage of a pipeline keeps a copy.
     shared_tables: ClassVar[tuple[str, ...]] = ("relative",)
 
     def __init__(self, config: DebertaConfig) -> None:

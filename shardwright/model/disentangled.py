@@ -62,7 +62,7 @@ class _Pick(torch.autograd.Function):
         return scores.gather(-1, _for_heads(rows, scores))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """A row gets the sum of what was picked from it."""
         (rows,) = ctx.saved_tensors
         zeros = grad.new_zeros(*grad.shape[:-1], ctx.size)

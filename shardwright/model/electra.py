@@ -43,6 +43,7 @@ class ElectraConfig(EncoderConfig):
         "large": {"layers": 24, "width": 1024, "heads": 16, "generator_width": 256},
     }
 
+    kind: ClassVar[str] = "generator and discriminator"
     family: Literal["electra"] = meaning("electra", "Model family")
     generator_layers: int | None = meaning(
         None, "Blocks of the generator; null is as many as the stack's, 0 none", ge=0
@@ -328,7 +329,7 @@ HUGGINGFACE = HuggingFaceMap(
     ),
     prefix="electra.",
     ignored=(".position_ids", ".token_type_ids"),
-    beside={"generator": Beside(GENERATOR, absent={"generator_layers": 0})},
+    beside={"generator": Beside(GENERATOR, absent={"generator_layers": 0}, logits="draft_logits")},
 )
 
 FAMILY = Family(ElectraConfig, Electra, HUGGINGFACE, extra=extra_cost)

@@ -74,9 +74,8 @@ class SegmentEmbed(Embed):
         x = super().look_up(input_ids, context)
         if self.token_types is None:
             return x
-        if context.token_types is None:
-            return x + self.token_types.weight[0]
-        return x + self.token_types(context.token_types)
+        kinds = context.token_types
+        return x + self.token_types(x.new_zeros(x.shape[:-1], dtype=torch.int64) if kinds is None else kinds)
 
     def forward(self, input_ids: Tensor, context: Context, layer_key: Tensor | None = None) -> Tensor:
         """ids [B, T] -> [B, T, D]."""

@@ -115,11 +115,13 @@ class HuggingFaceMap:
 class Beside:
     """A second model of theirs that is in ours as well, as ELECTRA's generator is.
 
-    Fields and tensors that both name are equal in both. `absent`: our fields where there is no such folder.
+    Fields and tensors that both name are equal in both. `absent`: our fields where there is no such folder. `logits`:
+    our model's method that gives what theirs gives.
     """
 
     map: HuggingFaceMap
     absent: Mapping[str, Any]
+    logits: str
 
 
 class Extra(NamedTuple):

@@ -34,14 +34,14 @@ class ModernBertConfig(EncoderConfig):
 
     family: Literal["modernbert"] = meaning("modernbert", "Model family")
     max_length: int = meaning(8192, "Longest sequence", ge=1)
-    positions: Literal["rotary"] = meaning("rotary", "How positions enter")  # type: ignore[assignment]
+    positions: Literal["rotary"] = meaning("rotary", "How positions enter")
     rope_theta: float = meaning(160000.0, "Base of the rotary angles", gt=0)
     local_theta: float = meaning(10000.0, "Base of the rotary angles within windows", gt=0)
     window: int = meaning(128, "Tokens in a window: half of them before a token, half after", ge=2)
     layer_types: list[LayerType] | None = meaning(None, "What each block sees; null is all, window, window, all, ...")
     norm_eps: float = meaning(1e-5, "Added to the variance", gt=0)
     norm_bias: bool = meaning(False, "Layer norms have a bias")
-    norm_placement: Literal["pre"] = meaning("pre", "Norm before each part")  # type: ignore[assignment]
+    norm_placement: Literal["pre"] = meaning("pre", "Norm before each part")
     activation: ActivationName = meaning("geglu", "Feed-forward activation")
     qkv_bias: bool = meaning(False, "Biases of q, k and v")
     out_bias: bool = meaning(False, "Bias of the attention's output")

@@ -3,7 +3,7 @@
 A line of families.py; its attention and block are two_stream.py's. `order` says when each token comes; a token sees
 those that come before it, and unpredicted ones, which all come first, see each other. Without an order it is an encoder
 with relative positions. No memory of segments before: rows are whole documents, or kept apart by `documents`.
-Shapes: B batch, T tokens, P predicted ones, N = T + P, S keys, D width.
+Shapes: B batch, T tokens, P predicted ones, filled up to a multiple of 8, N = T + P, S keys, D width.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from shardwright.model.position import relative_sinusoidal
 from shardwright.model.transformer import ActivationName, Context, Embed, Inputs, LanguageModel, TransformerConfig
 from shardwright.model.two_stream import TwoStreamBlock, stream_keys
 
+MULTIPLE = 8  # of the query stream's length, so that ranks can cut it, and as matrix products like it
 _QUERY = 0x51A7E  # tells dropout of the query stream from that of the content stream at the same place
 
 #: What the family cannot have otherwise.
@@ -41,7 +43,7 @@ FIXED: dict[str, Any] = {
 class XLNetConfig(TransformerConfig):
     """XLNet's choices; its sizes are BERT's."""
 
-    kind: ClassVar[str] = "encoder"
+    kind: ClassVar[str] = "two-stream"
     causal: ClassVar[bool] = False
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {
         "base": {"layers": 12, "width": 768, "heads": 12},
@@ -115,6 +117,7 @@ class XLNet(LanguageModel):
             raise ValueError("XLNet keeps no cache of keys")
         if inputs.places is not None and inputs.order is None:
             raise ValueError("places need the order in which tokens are predicted beside them")
+        inputs = inputs._replace(places=fill_up(inputs.places))
         ids = inputs.input_ids
         index = torch.arange(ids.shape[1], device=ids.device) if inputs.row_index is None else inputs.row_index
         index = torch.atleast_2d(index).expand(ids.shape[0], -1)
@@ -152,16 +155,16 @@ class XLNet(LanguageModel):
         return x
 
     def output(self, hidden: Tensor, inputs: Inputs) -> Tensor:
-        """Of [B, N, D] the query stream [B, P, D] where something is predicted."""
+        """Of [B, N, D] the query stream [B, P, D] where something is predicted; its first ones are those asked for."""
         if inputs.places is None:
             return hidden
-        tokens, predicted = inputs.input_ids.shape[1], inputs.places.shape[1]
+        tokens, predicted = inputs.input_ids.shape[1], stream_length(inputs.places.shape[1])
         # A rank may have a slice of each stream.
         return hidden[:, hidden.shape[1] * tokens // (tokens + predicted) :]
 
     def border(self, shapes: Mapping[str, torch.Size]) -> int:
-        """Tokens a row between pipeline stages: of both streams."""
-        return super().border(shapes) + (shapes["places"][1] if "places" in shapes else 0)
+        """Tokens a row between parts of the model: of both streams."""
+        return super().border(shapes) + (stream_length(shapes["places"][1]) if "places" in shapes else 0)
 
     def forward(  # type: ignore[override]
         self,
@@ -180,7 +183,18 @@ class XLNet(LanguageModel):
         inputs = Inputs(
             input_ids, None, documents, attention_mask, token_types=token_type_ids, order=order, places=places
         )
-        return {"logits": self.logits(self.output(self.hidden(inputs), inputs))}
+        output = self.output(self.hidden(inputs), inputs)
+        return {"logits": self.logits(output if places is None else output[:, : places.shape[1]])}
+
+
+def stream_length(predicted: int) -> int:
+    """Length of a query stream of so many tokens."""
+    return -(-predicted // MULTIPLE) * MULTIPLE
+
+
+def fill_up(places: Tensor | None) -> Tensor | None:
+    """[B, P'] -> [B, P], the last ones at place 0."""
+    return None if places is None else F.pad(places, (0, stream_length(places.shape[1]) - places.shape[1]))
 
 
 def build_mask(inputs: Inputs) -> Tensor | None:

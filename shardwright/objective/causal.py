@@ -27,6 +27,7 @@ class CausalConfig(ObjectiveConfig):
 class Causal(Objective[Raw]):
     """The loss of GPT-style models, with one term; each treatment of document boundaries can be turned off."""
 
+    trains = ("decoder",)
     every_token = True
 
     def raw_length(self, length: int) -> int:

@@ -1,8 +1,8 @@
 """Classification of texts or of their tokens, for fine-tuning encoders: `[CLS] text [SEP]` and a head of a few classes.
 
 Of a text (Devlin et al. 2019, section 4.1) the class is predicted at [CLS]; of tokens (section 5.3), at each token
-that has a class: give the first token of a word the word's, and -1 to the rest. A text pair is one list of ids with
-[SEP] in it.
+that has a class: give the first token of a word the word's. Examples hold 1 + the class, and 0 for none, since shards
+hold no negative numbers. A text pair is one list of ids with [SEP] in it.
 Shapes: B batch, T tokens of a row, P places, C classes.
 """
 
@@ -38,6 +38,8 @@ class ClassifyConfig(ObjectiveConfig):
 class Classify(Objective[Examples]):
     """One term, of `heads.others["label"]`."""
 
+    supervised = True
+
     def __init__(self, config: ClassifyConfig, setting: Setting) -> None:
         super().__init__(config, setting)
         self.config = config
@@ -61,13 +63,13 @@ class Classify(Objective[Examples]):
         }
 
     def _of_texts(self, raw: Examples) -> Arrays:
-        labels, given = fill_rows(raw.targets, [], [], 1, 0)
-        return {"labels": labels, "weights": given.astype(np.float32), "places": np.zeros_like(labels)}
+        given, _ = fill_rows(raw.targets, [], [], 1, 0)
+        return {**_counted(given), "places": np.zeros_like(given)}
 
     def _of_tokens(self, targets: Ragged) -> Arrays:
         # As the ids: one place to the right, with no class at the ends.
-        labels, _ = fill_rows(targets, [-1], [-1], self.setting.length, -1)
-        return {"labels": np.maximum(labels, 0), "weights": (labels >= 0).astype(np.float32)}
+        given, _ = fill_rows(targets, [0], [0], self.setting.length, 0)
+        return _counted(given)
 
     def loss(
         self, hidden: Tensor, heads: Heads, batch: Mapping[str, Tensor], scales: Mapping[str, Tensor] | None = None
@@ -75,3 +77,8 @@ class Classify(Objective[Examples]):
         """See the base class."""
         logits = heads.others["label"](at_places(hidden, batch.get("places")))
         return {"label": class_loss(logits, batch["labels"], batch["weights"])}
+
+
+def _counted(given: np.ndarray) -> Arrays:
+    """Labels, and weights where there are any, from 1 + the class."""
+    return {"labels": np.maximum(given - 1, 0), "weights": (given > 0).astype(np.float32)}

@@ -90,9 +90,7 @@ def part_top(logits: Tensor, softcap: float | None) -> Tensor:
     return _capped(logits, softcap).amax(-1)
 
 
-def part_sums(
-    logits: Tensor, places: Tensor, top: Tensor, softcap: float | None, smoothing: float = 0.0
-) -> Tensor:
+def part_sums(logits: Tensor, places: Tensor, top: Tensor, softcap: float | None, smoothing: float = 0.0) -> Tensor:
     """[2, n]: sum of exp(logit - top), and the label's logit where it is held here; `places` count from `start`.
 
     With smoothing [4, n]: the sum of the logits too, and how many they are.
@@ -239,9 +237,9 @@ def linear_cross_entropy(
     hidden [..., D] and the head in the compute format, labels [...] int64, weights [...] float32.
     Logits are rounded to the compute format, as every matrix product is; the rest is float32.
     `scale` (0-dim float32) is the gradient that this sum is going to get: fp16 products need it beforehand,
-    since an undivided sum over rows leaves its range. `smoothing`: as in `loss_and_gradient`. Where the head is a part of a vocabulary, hidden, labels and
-    weights are the same on all holders and so is the loss; the gradient of hidden is this holder's summand of the
-    whole one.
+    since an undivided sum over rows leaves its range. `smoothing`: as in `loss_and_gradient`. Where the head is a
+    part of a vocabulary, hidden, labels and weights are the same on all holders and so is the loss; the gradient of
+    hidden is this holder's summand of the whole one.
     """
     rows, labels, weights = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), weights.reshape(-1)
     weights = weights.to(wide_format(hidden))

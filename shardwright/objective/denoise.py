@@ -56,6 +56,8 @@ class DenoiseConfig(ObjectiveConfig):
 class Denoise(Objective[Raw]):
     """One term: the decoder's targets."""
 
+    trains = ("encoder-decoder",)
+
     def __init__(self, config: DenoiseConfig, setting: Setting) -> None:
         super().__init__(config, setting)
         self.config = config

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shardwright.objective.segments import counting
-
 
 class Spans(NamedTuple):
     """Spans in the order in which they are laid: by row, and from left to right within it."""
@@ -52,7 +50,7 @@ def lay(spans: Spans, batch: int, length: int, fill: int) -> Laid:
     sizes = np.clip(length - columns, 0, spans.sizes)
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
-    steps = counting(total) - np.repeat(ends - sizes, sizes)
+    steps = np.arange(total) - np.repeat(ends - sizes, sizes)
     places = np.repeat(spans.rows * length + columns, sizes) + steps
     source = np.full(batch * length, fill, np.int64)
     source[places] = np.repeat(spans.starts, sizes) + steps

@@ -38,7 +38,9 @@ class HidingConfig(ObjectiveConfig):
     mask: float = meaning(0.8, "Share of these that [MASK] stands for", ge=0, le=1)
     random: float = meaning(0.1, "Share of these that a random token stands for; the rest stays", ge=0, le=1)
     whole_words: bool = meaning(False, "All tokens of a word or none; needs prepare starts=true")
-    ngrams: int = meaning(1, "Most neighbouring tokens or words that are hidden as one, n of them with p(n) ~ 1/n", ge=1)
+    ngrams: int = meaning(
+        1, "Most neighbouring tokens or words that are hidden as one, n of them with p(n) ~ 1/n", ge=1
+    )
 
     @model_validator(mode="after")
     def _check_shares(self) -> HidingConfig:

@@ -51,9 +51,7 @@ def random_spans(chance: Chance, lengths: np.ndarray, noise: np.ndarray, spans: 
     return Spans(rows, rows * length + starts[rows, number], sizes[rows, number])
 
 
-def _cut(
-    chance: Chance, purpose: int, items: np.ndarray, parts: np.ndarray, length: int, most: int
-) -> np.ndarray:
+def _cut(chance: Chance, purpose: int, items: np.ndarray, parts: np.ndarray, length: int, most: int) -> np.ndarray:
     """`items` [B] cut into `parts` [B] of at least one: sizes int64 [B,most], 0 beyond the parts."""
     gaps = counting(length)
     keys = np.where(gaps < (items - 1)[:, None], chance.bits(purpose, gaps), ~np.uint64(0))
@@ -63,7 +61,7 @@ def _cut(
 
 
 def poisson_spans(chance: Chance, lengths: np.ndarray, noise: np.ndarray, mean: float, length: int) -> Spans:
-    """Spans of Poisson lengths, 0 included, until they hold the noise; the last is cut to fit (BART, Lewis et al. 2020).
+    """Spans of Poisson lengths, 0 too, until they hold the noise; the last is cut to fit (BART, Lewis et al. 2020).
 
     Wherever they lie between the tokens of the text is equally likely; two may touch. A row has never more spans than
     tokens of noise: what is over of those of length 0 is dropped.
@@ -118,7 +116,7 @@ def shuffled(chance: Chance, groups: np.ndarray, documents: np.ndarray, fixed: n
 
 
 def rotated(chance: Chance, documents: np.ndarray, fixed: np.ndarray) -> np.ndarray:
-    """Places of each row in another order, int64 [B,L]: each document begins at a token that is drawn, and wraps round."""
+    """Places of each row in another order, int64 [B,L]: each document begins at a random token, and wraps round."""
     batch, length = documents.shape
     starts = np.flatnonzero(np.diff(documents, axis=1, prepend=documents[:, :1] - 1).reshape(-1))
     sizes = np.diff(starts, append=batch * length)

@@ -41,6 +41,10 @@ class Objective(ABC, Generic[Given]):
     marks: tuple[str, ...] = ()
     #: Whether it is given a neighbour of each sequence too: raw rows B to 2B - 1.
     neighbours: bool = False
+    #: Whether it is given examples of a source and a target, and not sequences of the stream.
+    supervised: ClassVar[bool] = False
+    #: Kinds of model that it can train.
+    trains: ClassVar[tuple[str, ...]] = ("encoder",)
     #: Whether an evaluation predicts every token of the text once, so that bits per byte have a meaning.
     every_token: ClassVar[bool] = False
     #: Share of a target that label smoothing spreads over the vocabulary.

@@ -1,12 +1,13 @@
-"""Rows of sentence pairs, `[CLS] A [SEP] B [SEP]`: next sentence (Devlin et al. 2019), sentence order (Lan et al. 2020).
+"""Rows `[CLS] A [SEP] B [SEP]`: next sentence (Devlin et al. 2019) and sentence order (Lan et al. 2020).
 
 How a window of the stream becomes pairs. A window is a little longer than what a row takes, so that a text may begin
 at the first sentence of the window: the tokens before it were the last ones of the row before, which read on to the
 window's end. Of each stretch of one document in the window a pair can be made; the `most` longest are, as far as they
 fit, each with its own [CLS]: where documents are shorter than rows, several pairs share one, and attention and
-positions keep to a pair. A pair's text is cut in two at one of its inner sentence starts, all equally likely, or in
-the middle where it has none; its last sentence is cut off where the row ends. What is lost is what stretches leave over
-when there are more of them than `most`. (BERT's one row in ten of shorter text is left out: stretches vary in length.)
+positions keep to a pair. A pair's text is cut in two at one of its inner sentence starts, all equally likely; its last
+sentence is cut off where the row ends. A row whose text has no such start at all has one pair, cut in the middle. What
+is lost are stretches beyond `most`, and further ones of one sentence. (BERT's one row in ten of shorter text is left
+out: stretches vary in length.)
 
 *order*: in half of the pairs A and B change places. *next*: in half of them B is text of another document, as many
 tokens from a sentence start on, out of the longest stretch that the neighbour has of another document. The neighbour
@@ -33,7 +34,7 @@ Kind = Literal["next", "order"]
 
 _SPLIT, _CHANGE, _FROM = 11, 12, 13  # purposes of random numbers
 _SPECIALS = 3  # of a pair
-_LEAST = 16  # tokens of a row's further pairs
+_SENTENCES = 96  # tokens in which a sentence nearly always begins
 
 
 class Texts(NamedTuple):
@@ -60,8 +61,8 @@ class Pairs(NamedTuple):
 
 
 def slack(length: int) -> int:
-    """Tokens by which windows are longer than their distance, for rows of `length`."""
-    return length // 8
+    """Tokens by which windows are longer than their distance, for rows of `length`: some sentences."""
+    return min(length // 2, _SENTENCES)
 
 
 def pair_rows(raw: Raw, setting: Setting, kind: Kind, most: int) -> Rows:
@@ -75,13 +76,13 @@ def pair_rows(raw: Raw, setting: Setting, kind: Kind, most: int) -> Rows:
     assert raw.sentences is not None
     marks = raw.sentences.flat(raw.tokens.shape[1])
     found = _texts(raw, marks, setting)
-    chosen, numbers = _fitting(found.at(found.rows < batch), batch, setting.length, most)
-    pairs = _split(chance, chosen, numbers, marks, raw.tokens.shape[1])
+    chosen, numbers = _fitting(found.at(found.rows < batch), marks, batch, setting.length, most)
+    pairs = _split(chance, chosen, numbers, marks)
     draw = chance.of(pairs.rows).uniform(_CHANGE, pairs.numbers[:, None])[:, 0] < 0.5
     if kind == "order":
         order = np.where(draw, 1, 0)[:, None] ^ np.array([0, 1])
-        swapped = (np.take_along_axis(column, order, 1) for column in (pairs.starts, pairs.sizes))
-        pairs = Pairs(pairs.rows, pairs.numbers, *swapped, draw)
+        starts, sizes = (np.take_along_axis(column, order, 1) for column in (pairs.starts, pairs.sizes))
+        pairs = Pairs(pairs.rows, pairs.numbers, starts, sizes, draw)
     else:
         pairs = _other_text(chance, pairs, draw, chosen, found, marks, batch)
     return _laid_out(raw, setting, pairs, batch, most)
@@ -109,27 +110,35 @@ def _pieces(raw: Raw) -> Pieces:
     return Pieces(places // length, places % length, np.zeros_like(places))
 
 
-def _fitting(texts: Texts, batch: int, length: int, most: int) -> tuple[Texts, np.ndarray]:
-    """The `most` longest of each row, cut to what fits into rows of `length`, and the number of each in its row."""
-    order = np.lexsort((texts.starts, texts.starts - texts.stops, texts.rows))
+def _fitting(texts: Texts, marks: np.ndarray, batch: int, length: int, most: int) -> tuple[Texts, np.ndarray]:
+    """The `most` longest of each row, cut to what fits into rows of `length`, and the number of each in its row.
+
+    One without an inner sentence start is taken alone, where the row has no other.
+    """
+    cut = _inner(texts, marks)[1] > 0
+    order = np.lexsort((texts.starts, texts.starts - texts.stops, ~cut, texts.rows))
     place = in_rows(texts.rows[order], batch)
-    worth = (place == 0) | ((texts.stops - texts.starts)[order] >= _LEAST)
-    texts = texts.at(np.sort(order[worth & (place < most)]))
+    texts = texts.at(np.sort(order[(place < most) & (cut[order] | (place == 0))]))
     taken = texts.stops - texts.starts + _SPECIALS
     before = np.cumsum(taken) - taken
     before -= np.append(before, 0)[np.searchsorted(texts.rows, np.arange(batch))][texts.rows]
     stops = np.minimum(texts.stops, texts.starts + length - before - _SPECIALS)
-    texts = texts._replace(stops=stops).at(stops - texts.starts >= 2)
+    texts = texts._replace(stops=stops)
     number = in_rows(texts.rows, batch)
-    worth = (number == 0) | (texts.stops - texts.starts >= _LEAST)
-    return texts.at(worth), number[worth]
+    kept = (number == 0) | (_inner(texts, marks)[1] > 0)
+    return texts.at(kept), number[kept]
 
 
-def _split(chance: Chance, texts: Texts, numbers: np.ndarray, marks: np.ndarray, length: int) -> Pairs:
-    """Each text cut in two at a sentence start."""
+def _inner(texts: Texts, marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(number of the first sentence that begins inside each text, how many do)."""
     first = np.searchsorted(marks, texts.starts, "right")
-    count = np.searchsorted(marks, texts.stops, "left") - first
-    drawn = chance.of(texts.rows).below(_SPLIT, numbers[:, None], np.maximum(count, 0)[:, None])[:, 0]
+    return first, np.maximum(np.searchsorted(marks, texts.stops, "left") - first, 0)
+
+
+def _split(chance: Chance, texts: Texts, numbers: np.ndarray, marks: np.ndarray) -> Pairs:
+    """Each text cut in two at a sentence start."""
+    first, count = _inner(texts, marks)
+    drawn = chance.of(texts.rows).below(_SPLIT, numbers[:, None], count[:, None])[:, 0]
     middle = (texts.starts + texts.stops) // 2
     cuts = np.where(count > 0, np.append(marks, 0)[np.minimum(first + drawn, len(marks))], middle)
     starts = np.stack([texts.starts, cuts], 1)

@@ -23,7 +23,9 @@ class PairsConfig(ObjectiveConfig):
     """`objective: {name: pairs}`."""
 
     name: Literal["pairs"] = meaning("pairs", "Predict the target that belongs to a source")
-    smoothing: float = meaning(0.0, "Share of each target that is spread over the vocabulary; 0.1 in the paper", ge=0, lt=1)
+    smoothing: float = meaning(
+        0.0, "Share of each target that is spread over the vocabulary; 0.1 in the paper", ge=0, lt=1
+    )
     target_length: int | None = meaning(None, "Tokens of the decoder's row; null is data.sequence_length", ge=2)
     start: Literal["pad", "bos", "end"] = meaning("pad", "What the decoder starts with")
     begin: bool = meaning(False, "Both sides begin with <s>, as BART's do")
@@ -35,6 +37,9 @@ class PairsConfig(ObjectiveConfig):
 
 class SupervisedPairs(Objective[Examples]):
     """One term: the decoder's targets."""
+
+    trains = ("encoder-decoder",)
+    supervised = True
 
     def __init__(self, config: PairsConfig, setting: Setting) -> None:
         super().__init__(config, setting)

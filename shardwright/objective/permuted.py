@@ -46,6 +46,8 @@ class PermutedConfig(ObjectiveConfig):
 class Permuted(Objective[Raw]):
     """One term, over the predicted places."""
 
+    trains = ("two-stream",)
+
     def __init__(self, config: PermutedConfig, setting: Setting) -> None:
         super().__init__(config, setting)
         self.config = config
@@ -97,5 +99,6 @@ class Permuted(Objective[Raw]):
     def loss(
         self, hidden: Tensor, heads: Heads, batch: Mapping[str, Tensor], scales: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """See the base class; hidden [B,P,D] is the query stream's, which has the predicted places alone."""
-        return super().loss(hidden, heads, {name: x for name, x in batch.items() if name != "places"}, scales)
+        """See the base class; hidden [B,P or more,D] is the query stream's, which has the predicted places alone."""
+        own = {name: x for name, x in batch.items() if name != "places"}
+        return super().loss(hidden[:, : batch["labels"].shape[1]], heads, own, scales)

@@ -1,6 +1,7 @@
 """What an objective is given: sequences of the stream with what begins where, or examples of several fields.
 
-Protocols and plain tuples, so that the data room can hand over its own. Shapes: S sequences, R raw tokens of a sequence.
+Protocols and plain tuples, so that the data room can hand over its own.
+Shapes: S sequences, R raw tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -96,4 +97,4 @@ class Examples(Protocol):
 
     @property
     def targets(self) -> Ragged:
-        """Ids of each target; or the class of each source, or of each of its tokens (-1 for none)."""
+        """Ids of each target; or 1 + the class of each source, or of each of its tokens (0 for none)."""

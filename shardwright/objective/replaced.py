@@ -1,4 +1,4 @@
-"""Replaced-token detection (ELECTRA, Clark et al. 2020): a generator fills in hidden tokens, and a discriminator says of
+"""Replaced-token detection (ELECTRA, Clark et al. 2020): a generator fills in hidden tokens, a discriminator says of
 every token whether it is the text's own.
 
 The data side is that of masked.py. The model does two things in between, for which there are two functions here:
@@ -38,6 +38,8 @@ class ReplacedConfig(HidingConfig):
 
 class Replaced(Hiding):
     """Two terms: `masked`, the generator's; `replaced`, the discriminator's, over all that is no padding."""
+
+    trains = ("generator and discriminator",)
 
     def __init__(self, config: ReplacedConfig, setting: Setting) -> None:
         super().__init__(config, setting)

@@ -1,4 +1,4 @@
-"""What an objective is built for: the shape of its rows, the seed, the special tokens, and the treatment of documents."""
+"""What an objective is built for: the shape of its rows, the seed, special tokens, and the treatment of documents."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Text(NamedTuple):
         return np.asarray(number) + self.tokens.size
 
     def side(self, spans: Spans, near: np.ndarray, length: int) -> Side:
-        """The spans laid out in rows of `length`; a special token belongs to the document of the token at `near` [N]."""
+        """The spans laid out in rows of `length`; a special token is of the document of the token at `near` [N]."""
         size, batch = self.tokens.size, len(self.tokens)
         source = np.concatenate([self.tokens.reshape(-1), self.specials, [self.pad]])
         laid = lay(spans, batch, length, len(source) - 1)
@@ -92,7 +92,9 @@ def whole(text: Text, before: list[int], after: list[int], length: int) -> Side:
     return text.side(spans, near.reshape(-1), length)
 
 
-def without(text: Text, noise: Spans, marks: np.ndarray | None, before: list[int], after: list[int], length: int) -> Side:
+def without(
+    text: Text, noise: Spans, marks: np.ndarray | None, before: list[int], after: list[int], length: int
+) -> Side:
     """The text without the noise, and `marks` (a special token's number for each span of noise) in the place of it."""
     batch, raw = text.tokens.shape
     rows, one = np.arange(batch), np.ones(batch, np.int64)

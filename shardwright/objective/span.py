@@ -3,10 +3,10 @@
 | kind | paper | encoder | decoder |
 |---|---|---|---|
 | prefix | prefix language modelling | the text up to a place that is drawn | the rest |
-| bert | BERT-style | 15 % of tokens hidden: 90 % by one token <M>, 10 % by random ones | all of the text |
+| bert | BERT-style | 15 % of tokens hidden, 90 % by one <M>, 10 % by random ones | all of the text |
 | deshuffle | deshuffling | the tokens in random order | all of the text |
 | mass | MASS-style | 15 % of tokens hidden by <M> | all of the text |
-| replace | i.i.d. noise, replace spans | neighbouring hidden tokens replaced by one sentinel | sentinels, each with its tokens |
+| replace | i.i.d. noise, replace spans | runs of hidden tokens replaced by a sentinel | sentinels, each with its run |
 | drop | i.i.d. noise, drop tokens | the text without them | the tokens that were left out |
 | spans | random spans (mean length 3) | spans replaced by sentinels | sentinels, each with its span |
 
@@ -83,6 +83,8 @@ def _counts(config: SpanConfig, lengths: np.ndarray) -> tuple[np.ndarray, np.nda
 class Span(Objective[Raw]):
     """One term: the decoder's targets."""
 
+    trains = ("encoder-decoder",)
+
     def __init__(self, config: SpanConfig, setting: Setting) -> None:
         super().__init__(config, setting)
         self.config = config
@@ -98,7 +100,9 @@ class Span(Objective[Raw]):
         hidden, spans = (int(count[0]) for count in _counts(self.config, np.array([raw])))
         if self.config.kind == "prefix":
             return raw  # all but one token, and the end
-        return {"spans": hidden + spans + 1, "replace": 2 * hidden + 2, "drop": hidden + 1}.get(self.config.kind, raw + 1)
+        return {"spans": hidden + spans + 1, "replace": 2 * hidden + 2, "drop": hidden + 1}.get(
+            self.config.kind, raw + 1
+        )
 
     def corrupt(self, raw: Raw, empty: Empty = np.empty) -> Arrays:
         """Arrays of encoder and decoder; see objective.py."""
@@ -161,6 +165,8 @@ def _alone(text: Text, hidden: Spans, named: np.ndarray | None, length: int) -> 
     last = text.special(np.bincount(hidden.rows, minlength=batch) + 1)
     follows = (rows * raw + text.lengths > rest_of(text, hidden)) & (named is not None) & (text.lengths > 0)
     tails = np.stack([last, text.special(one * _END)], 1)
-    spans, order = Spans.merged((hidden.rows, parts, sizes), (rows, tails, np.stack([follows, one], 1).astype(np.int64)))
+    spans, order = Spans.merged(
+        (hidden.rows, parts, sizes), (rows, tails, np.stack([follows, one], 1).astype(np.int64))
+    )
     near = np.concatenate([np.repeat(hidden.starts, 2), np.repeat(text.ends(), 2)])
     return text.side(spans, near[order], length)

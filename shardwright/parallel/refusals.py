@@ -229,8 +229,8 @@ def _query_stream(f: Facts) -> str | None:
     if f.tensor == 1 or not f.sequence or f.query_stream % f.tensor == 0:
         return None
     return (
-        f"parallel.tensor={f.tensor}: cuts the {f.query_stream} predicted tokens of a sequence by themselves and does "
-        "not divide them; change objective.context or use parallel.sequence=false"
+        f"parallel.tensor={f.tensor}: does not divide the query stream, the {f.query_stream} predicted tokens of a "
+        "sequence in multiples of 8; change objective.context or use parallel.sequence=false"
     )
 
 
@@ -384,12 +384,8 @@ ROWS: tuple[Row, ...] = (
     Row("feed-forward width", "tensor ranks divide it", _mlp),
     Row("generator", "tensor ranks divide the heads and the feed-forward width of ELECTRA's generator too", _generator),
     Row("vocabulary", "each tensor rank has a row of it; it need not divide", _vocabulary),
-    Row(
-        "sequence slices",
-        "context x tensor ranks divide sources and targets, or parallel.sequence=false",
-        _sequence,
-    ),
-    Row("query stream", "tensor ranks divide XLNet's predicted tokens, unless parallel.sequence=false", _query_stream),
+    Row("sequence slices", "context x tensor ranks divide sources and targets, or parallel.sequence=false", _sequence),
+    Row("query stream", "tensor ranks divide XLNet's query stream, unless parallel.sequence=false", _query_stream),
     Row("context chunks", "a sequence, source and target, is a multiple of two chunks a context rank", _context),
     Row(
         "ring",

@@ -1,4 +1,7 @@
-"""A run that begins with weights of another program: a run folder with a checkpoint before the first step."""
+"""A run that begins with weights that are there: of another program, an imported model or another run.
+
+Either way the moments are zero and the position is the first; run.py saves a checkpoint before the first step.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shardwright.checkpoint import save
+from shardwright.checkpoint import find_newest, load, save
 from shardwright.checkpoint.ranks import open_ranks
 from shardwright.config import Config, ConfigError, DeepSpeedConfig, ParallelConfig
+from shardwright.data.tokenizers import Tokenizer
 from shardwright.interop.deepspeed import our_names
+from shardwright.interop.folder import copy_companions, is_huggingface
 from shardwright.parallel.mesh import join_world, world_size
 from shardwright.train.build import build_corpus, build_step, fit_to_corpus
 from shardwright.train.course import Course
-from shardwright.train.folder import CHECKPOINTS, FolderLock, open_run_folder
+from shardwright.train.folder import CHECKPOINTS, CONFIG, FolderLock, open_run_folder
+from shardwright.train.load import locate
 from shardwright.train.position import Position, checkpoint_tensors
+from shardwright.train.settings import read_config
+from shardwright.train.step import Step
 from shardwright.train.writing import writing
 
 
@@ -46,6 +54,44 @@ def begin(config: Config, theirs: Mapping[str, Tensor]) -> Path:
         step.masters.publish()
         state = {"position": Position(progress=Course(config).progress.state()).state()}
         return save(folder / CHECKPOINTS, checkpoint_tensors(step), state, step=0)
+
+
+def check_begin(config: Config, tokenizer: Tokenizer) -> None:
+    """Make `begin` absolute; ConfigError where it names nothing that holds a model, or one of another tokenizer.
+
+    A run that has a checkpoint needs it no more.
+    """
+    if config.begin is None:
+        return
+    given, config.begin = Path(config.begin), str(Path(config.begin).resolve())
+    if find_newest(Path(config.run or "") / CHECKPOINTS)[0] is not None:
+        return
+    if is_huggingface(given) and not (given / CONFIG).is_file():
+        raise ConfigError(f"begin={given}: is a Hugging Face folder; first: shardwright import {given} --output FOLDER")
+    folder, _ = locate(given)
+    known = read_config(folder / CONFIG).data.tokenizer
+    if known not in (None, tokenizer.sha256):
+        raise ConfigError(
+            f"begin={given}: its model reads tokenizer {known[:12]}..., the corpus was prepared with "
+            f"{tokenizer.sha256[:12]}...; prepare the text with tokenizer.path={folder / tokenizer.file}"
+        )
+
+
+def take_weights(step: Step, begin: str) -> None:
+    """Set the masters of a step, under any layout, to the weights that `begin` names. Every rank has to call it."""
+    weights = step.masters.weights
+    named = {f"model.{name}": weight for name, weight in weights.items()}
+    load(locate(begin)[1], named, within="model.", cast=True)
+    step.masters.restore(weights)
+
+
+def keep_companions(folder: Path, config: Config, tokenizer: Tokenizer) -> None:
+    """What came with the model that the run begins from goes on into its folder, for an export of the run."""
+    if config.begin is None:
+        return
+    source, _ = locate(config.begin)
+    if (source / tokenizer.file).is_file():
+        copy_companions(source, folder)
 
 
 def _alone(config: Config) -> Config:

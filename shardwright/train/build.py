@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from shardwright.config import Config, ConfigError
+from shardwright.data.examples import ExampleStream, ValidationExamples
 from shardwright.data.loader import Loader
 from shardwright.data.manifest import Manifest
 from shardwright.data.order import Plan
@@ -20,6 +21,7 @@ from shardwright.data.remote import ShardCache, default_cache_folder, is_remote
 from shardwright.data.stream import Source, Stream, ValidationStream, Wanted
 from shardwright.data.tokenizers import Tokenizer, load_prepared
 from shardwright.log import get_logger, rank
+from shardwright.model.families import FAMILIES
 from shardwright.objective.objective import Objective
 from shardwright.objective.setting import Setting
 from shardwright.objective.table import OBJECTIVES
@@ -63,6 +65,7 @@ def build_corpus(config: Config) -> Corpus:
 
 def fit_to_corpus(config: Config, corpus: Corpus) -> None:
     """Fill in vocabulary, tokenizer and corpora, make paths absolute, and check that model and data agree."""
+    check_objective(config)
     check_corpus(config, corpus.manifests)
     config.data.corpus = [manifest.sha256 for manifest in corpus.manifests]
     if config.data.path is not None:
@@ -129,8 +132,8 @@ def _fit_vocabulary(config: Config, vocab_size: int) -> None:
         model.vocab_size = vocab_size
     if model.vocab_size < vocab_size:
         raise ConfigError(
-            f"model.vocab_size={model.vocab_size}: the tokenizer and the objective's special tokens have {vocab_size} "
-            "ids; use 0 or at least that many"
+            f"model.vocab_size={model.vocab_size}: the tokenizer has {vocab_size} tokens, what the objective adds "
+            "included; use 0 or at least that many"
         )
 
 
@@ -142,6 +145,18 @@ def check_length(config: Config) -> None:
         raise ConfigError(
             f"data.sequence_length={length}: is longer than the model allows; lower it to model.max_length={longest} "
             "or raise that"
+        )
+
+
+def check_objective(config: Config) -> None:
+    """ConfigError where the objective cannot train such a model."""
+    family, name = config.model.family, config.objective.name
+    kind = getattr(FAMILIES[family], "kind", "decoder")
+    if kind not in OBJECTIVES[name][1].trains:
+        fitting = [name for name, (_, other) in OBJECTIVES.items() if kind in other.trains]
+        raise ConfigError(
+            f"objective.name={name}: trains models of kind {' or '.join(OBJECTIVES[name][1].trains)}, "
+            f"model.family={family} is a {kind}; choose another family, or objective.name={' or '.join(fitting)}"
         )
 
 
@@ -211,18 +226,10 @@ def build_plan(config: Config, world: World, ramp: BatchRamp, excluded: Sequence
 def build_loader(config: Config, world: World, ramp: BatchRamp) -> Loader:
     """Training batches of this rank, on its device."""
     data, objective = config.data, build_objective(config)
-    stream = Stream(
-        [Source(s.path, s.weight) for s in data.mixture()],
-        raw_length=objective.raw_length(data.sequence_length),
-        stride=objective.stride(data.sequence_length),
-        seed=config.train.seed,
-        lanes=data.lanes,
-        shuffle_block=data.shuffle_block,
-        wanted=Wanted(objective.marks, objective.neighbours),
-        **_access(config),
-    )
+    order = {"seed": config.train.seed, "lanes": data.lanes, "shuffle_block": data.shuffle_block}
+    reader: Any = ExampleStream if objective.supervised else Stream
     return Loader(
-        stream,
+        reader(**_reading(config, objective), **order),
         build_plan(config, world, ramp),
         objective,
         workers=data.workers,
@@ -234,17 +241,22 @@ def build_loader(config: Config, world: World, ramp: BatchRamp) -> Loader:
 def build_validation(config: Config, world: World) -> Validation:
     """The validation split in its fixed order, on this device."""
     data, objective = config.data, build_objective(config, evaluation=True)
-    stream = ValidationStream(
-        [Source(s.path, s.weight) for s in data.mixture()],
-        raw_length=objective.raw_length(data.sequence_length),
-        stride=objective.stride(data.sequence_length),
-        wanted=Wanted(objective.marks, objective.neighbours),
-        **_access(config),
-    )
+    reader: Any = ValidationExamples if objective.supervised else ValidationStream
+    stream = reader(**_reading(config, objective))
     return Validation(stream, objective, length=data.sequence_length, batch=config.evaluate.batch, world=world)
 
 
-def _access(config: Config) -> dict[str, Any]:
+def _reading(config: Config, objective: Objective) -> dict[str, Any]:
+    """What every reader of sequences or examples is told."""
     data, allow = config.data, tuple(config.data.allow)
     folder = Path(data.cache) if data.cache else default_cache_folder()
-    return {"cache": ShardCache(folder, int(data.cache_gib * 2**30), allow=allow), "allow": allow}
+    told = {
+        "sources": [Source(s.path, s.weight) for s in data.mixture()],
+        "raw_length": objective.raw_length(data.sequence_length),
+        "cache": ShardCache(folder, int(data.cache_gib * 2**30), allow=allow),
+        "allow": allow,
+    }
+    if objective.supervised:
+        return told
+    stride = objective.stride(data.sequence_length)
+    return {**told, "stride": stride, "wanted": Wanted(objective.marks, objective.neighbours)}

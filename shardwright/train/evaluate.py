@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from shardwright.data.examples import ValidationExamples
 from shardwright.data.loader import Loader
 from shardwright.data.manifest import Manifest
 from shardwright.data.order import Plan
@@ -34,7 +35,13 @@ class Validation:
     """A validation split as batches of a fixed shape, the same at every evaluation."""
 
     def __init__(
-        self, stream: ValidationStream, objective: Objective, *, length: int, batch: int, world: World
+        self,
+        stream: ValidationStream | ValidationExamples,
+        objective: Objective,
+        *,
+        length: int,
+        batch: int,
+        world: World,
     ) -> None:
         self.stream, self.objective, self.length, self.batch, self.world = stream, objective, length, batch, world
 
@@ -118,7 +125,8 @@ def evaluate(
     if stopped:
         return None
     nats = world.sum(nats) / world.loss_copies
-    return _figures(*torch.stack([nats, targets]).tolist(), validation)
+    sums, counts = torch.stack([nats, targets]).tolist()
+    return _figures(sums, counts, validation)
 
 
 def _figures(nats: Sequence[float], targets: Sequence[float], validation: Validation) -> dict[str, float]:

@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from shardwright.checkpoint import find_newest
+from shardwright.checkpoint import find_newest, read_manifest
 from shardwright.checkpoint.folder import UNFINISHED, Skipped
 from shardwright.config import Config, ConfigError, RunError, differences, to_yaml
 from shardwright.log import get_logger
@@ -32,6 +32,8 @@ def open_run_folder(config: Config) -> tuple[Path, Path | None]:
     checkpoint, skipped = find_newest(folder / CHECKPOINTS)
     for path, reason in skipped:
         get_logger().warning("checkpoint %s is passed over: %s", path, reason)
+    if checkpoint is not None and "position" not in read_manifest(checkpoint).state:
+        raise ConfigError(f"{folder}: holds an imported model, not a run; begin a run with begin={folder} run=PATH")
     begun = checkpoint is not None or bool(skipped) or (folder / METRICS).is_file()
     if begun and (folder / CONFIG).is_file():
         _check_meaning(folder, config)

@@ -24,7 +24,7 @@ from shardwright.model.encoder_decoder import EncoderDecoderConfig
 from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.init import apply_init, initial_value
 from shardwright.model.transformer import LanguageModel
-from shardwright.model.xlnet import XLNetConfig
+from shardwright.model.xlnet import XLNetConfig, stream_length
 from shardwright.objective.objective import Objective
 from shardwright.objective.setting import Setting
 from shardwright.objective.table import OBJECTIVES
@@ -111,7 +111,7 @@ def _second_stack(config: Config) -> dict[str, Any]:
     if isinstance(model, ElectraConfig) and model.generator.layers:
         own = model.generator
         return {"generator_heads": own.heads, "generator_mlp_width": own.hidden_width}
-    return {"query_stream": num_predictions(config) or 0} if isinstance(model, XLNetConfig) else {}
+    return {"query_stream": stream_length(num_predictions(config) or 0)} if isinstance(model, XLNetConfig) else {}
 
 
 def optimizer_place(config: Config) -> str:

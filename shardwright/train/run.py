@@ -25,6 +25,7 @@ from shardwright.parallel.mesh import World, join_world, world_size
 from shardwright.parallel.peers import watch_peers
 from shardwright.parallel.proposals import check_layout
 from shardwright.parallel.refusals import layout_warnings
+from shardwright.train.begin import check_begin, keep_companions, take_weights
 from shardwright.train.build import (
     Corpus,
     build_corpus,
@@ -70,6 +71,7 @@ def train(config: Config, tell_stall: Tell | None = None) -> Result:
     """
     corpus = build_corpus(config)
     fit_to_corpus(config, corpus)
+    check_begin(config, corpus.tokenizer)
     facts = build_facts(config, world_size())
     check_layout(facts)
     check_engine(config)
@@ -102,6 +104,8 @@ def _open_folder(config: Config, corpus: Corpus, ranks: Ranks, lock: FolderLock)
         folder, checkpoint = open_run_folder(config)
         with writing(folder):
             corpus.tokenizer.save(folder)
+            if checkpoint is None:
+                keep_companions(folder, config, corpus.tokenizer)
         return str(checkpoint or "")
 
     found = ranks.share(ranks.together("opening the run folder", enter if ranks.rank == 0 else None) or "")
@@ -159,6 +163,9 @@ class Run:
         """Restore `checkpoint`, open the outputs and place the loader."""
         if checkpoint is not None:
             self._restore(checkpoint)
+        elif self.config.begin is not None:
+            take_weights(self.step, self.config.begin)
+            self._save()  # so that a replay, too, begins there
         elif "rollback" in (self.config.guard.nonfinite, self.config.guard.spike):
             self._save()  # the place that a roll-back before the first checkpoint goes to
         if self.world.leads:

@@ -18,13 +18,15 @@ from shardwright.train.stages import Loop, Stages
 def evaluate_run(path: str | Path, data: str | None = None) -> dict[str, float]:
     """Loss, perplexity and bits per byte of a run or checkpoint on its own validation split, or that of `data`.
 
-    In float32 and uncompiled. Beside bits per byte what xz needs for the same text, if that is one local source. ConfigError
+    In float32 and uncompiled. Beside bits per byte what xz needs for the text, if that is one local source. ConfigError
     where the run's own corpus is another now, or where a corpus was prepared with another tokenizer.
     """
     loaded = load(path)
     config = loaded.config
     if data is not None:
         config.data = config.data.model_copy(update={"path": data, "sources": [], "corpus": []})
+    if not config.data.mixture():
+        raise ConfigError(f"{path}: names no corpus to evaluate on; name a prepared folder with --data")
     manifests = [Manifest.load(source.path, config.data.allow) for source in config.data.mixture()]
     _check_tokenizers(manifests, loaded)
     check_corpus(config, manifests)
@@ -41,7 +43,7 @@ def _check_tokenizers(manifests: Sequence[Manifest], loaded: Loaded) -> None:
     for manifest in manifests:
         found, own = manifest.tokenizer["sha256"], loaded.tokenizer
         if found != own.sha256:
-            file = loaded.checkpoint.parent.parent / own.file
+            file = loaded.folder / own.file
             raise ConfigError(
                 f"{manifest.root}: was prepared with tokenizer {found[:12]}..., the run was trained with "
                 f"{own.sha256[:12]}...; prepare the text with tokenizer.path={file}"

@@ -17,12 +17,12 @@ _IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Within, an OSError becomes a RunError that names its file, else `path`."""
+def writing(path: Path, option: str = "run=PATH") -> Iterator[None]:
+    """Within, an OSError becomes a RunError that names its file, else `path`, and the option that names another."""
     try:
         yield
     except OSError as error:
-        raise RunError(explain(error, path)) from None
+        raise RunError(explain(error, path, option)) from None
 
 
 @contextmanager
@@ -36,11 +36,11 @@ def naming(folder: Path) -> Iterator[None]:
         raise RunError(explain(error, folder)) from None
 
 
-def explain(error: OSError, path: Path) -> str:
+def explain(error: OSError, path: Path, option: str = "run=PATH") -> str:
     """One line: which file, what happened, what to do."""
-    remedy = "mend its permissions or choose another folder with run=PATH"
+    remedy = f"mend its permissions or choose another folder with {option}"
     if error.errno in FULL:
         remedy = "free space and start the same command again"
     elif error.errno in _IN_THE_WAY:
-        remedy = "move away what stands in its place, or choose another folder with run=PATH"
+        remedy = f"move away what stands in its place, or choose another folder with {option}"
     return f"{error.filename or path}: cannot be written: {error.strerror or error}; {remedy}"

@@ -28,7 +28,11 @@ def build_folder() -> BuildFolder:
     """
 
     def build(
-        folder: Path, member_tokens: int = 300, dtype: str = "uint16", marked: bool = False, **splits: Sequence[Documents]
+        folder: Path,
+        member_tokens: int = 300,
+        dtype: str = "uint16",
+        marked: bool = False,
+        **splits: Sequence[Documents],
     ) -> Path:
         found = {}
         for split, shards in splits.items():

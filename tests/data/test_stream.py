@@ -94,7 +94,7 @@ def test_words_sentences_and_documents_equal_the_oracle(
     assert (plain.tokens == found.tokens).all() and plain.words is None and plain.pieces is None
     assert found.words and found.sentences and found.pieces
     known: dict[int, tuple[int, ...]] = {}
-    for row, number in enumerate(numbers.tolist()):
+    for row in range(len(numbers)):
         layout = stream.order.sources[0].layout(int(places.epoch[row]))
         order = [(shard, n, document) for shard in layout.shards.tolist() for n, document in enumerate(shards[shard])]
         tokens, words, sentences, names = marks_of([document for *_, document in order])

@@ -64,6 +64,7 @@ PAIRED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _INFILL = {"name": "denoise", "damage": ["infill"]}
 OBJECTIVES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(OWN_KINDS, {"name": "masked"}),
     "electra": {"name": "replaced"}, "xlnet": {"name": "permuted"}, "bart": _INFILL, "transformer": _INFILL,
     # A kind whose targets are as long as the rows, so that every layout can cut them.
     "t5": {"name": "span", "kind": "mass"},

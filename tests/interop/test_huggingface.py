@@ -8,56 +8,14 @@ import torch.nn.functional as F
 
 from shardwright.interop.huggingface import export_tensors, import_tensors, read_config, write_config
 from shardwright.model.families import FAMILIES, build_model
-from shardwright.model.init import apply_init
-from shardwright.model.transformer import LanguageModel, TransformerConfig
+from shardwright.model.transformer import TransformerConfig
+from tests.interop.models import CASES, SMALL, build_ours, to_theirs
 
 transformers = pytest.importorskip("transformers")
 
-SMALL = {"vocab_size": 101, "layers": 3, "width": 32, "heads": 4, "max_length": 64}
-CASES = {
-    "gpt2": {"family": "gpt2", **SMALL},
-    "gpt2-free-head": {"family": "gpt2", **SMALL, "tied": False, "mlp_width": 80, "activation": "relu"},
-    "gpt2-exact-gelu": {"family": "gpt2", **SMALL, "activation": "gelu", "norm_eps": 1e-6},
-    "gpt3": {"family": "gpt3", **SMALL},
-    "llama": {"family": "llama", **SMALL, "mlp_width": 96},
-    "llama-grouped": {"family": "llama", **SMALL, "kv_heads": 2, "rope_theta": 500000.0},
-    "llama-single": {"family": "llama", **SMALL, "kv_heads": 1, "head_dim": 16, "tied": True},
-    "llama-biased": {"family": "llama", **SMALL, "qkv_bias": True, "out_bias": True, "mlp_bias": True},
-    "bert": {"family": "bert", **SMALL},
-    "bert-masked": {"family": "bert", **SMALL, "sentence_head": False, "activation": "relu", "mlp_width": 80},
-    "roberta": {"family": "roberta", **SMALL, "norm_eps": 1e-6},
-    "llama-geglu": {"family": "llama", **SMALL, "activation": "geglu"},
-}
-
-
-def build_ours(case: str, seed: int = 0) -> LanguageModel:
-    """A model with random biases and norms as well, so that nothing is tested at zero or one."""
-    fields = CASES[case]
-    config = FAMILIES[fields["family"]].config.model_validate(fields)
-    model = build_model(config)
-    apply_init(model, config, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-    return model.eval()
-
-
-def to_theirs(model: LanguageModel) -> torch.nn.Module:
-    raw = write_config(model.config)
-    config = transformers.AutoConfig.for_model(**{**raw, "bos_token_id": 0, "eos_token_id": 0})
-    config._attn_implementation = "eager"
-    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
-    assert type(theirs).__name__ == raw["architectures"][0]
-    state = dict(export_tensors(model.config, dict(model.named_parameters())))
-    result = theirs.load_state_dict(state, strict=False)
-    assert not result.unexpected_keys
-    assert set(result.missing_keys) <= ({"lm_head.weight"} if model.config.tied else set())
-    return theirs
-
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("length", [33, 1])
+@pytest.mark.parametrize("length", [33, 1, 63])
 def test_logits_loss_and_gradients_equal(case: str, length: int) -> None:
     ours = build_ours(case)
     theirs = to_theirs(ours)
@@ -106,6 +64,8 @@ def test_config_round_trip(case: str) -> None:
         transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50, bos_token_id=0, eos_token_id=0),
         transformers.LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32,
                                  intermediate_size=40, vocab_size=50, tie_word_embeddings=True),
+        transformers.Qwen3Config(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32,
+                                 intermediate_size=40, vocab_size=50, head_dim=16),
     ],
 )  # fmt: skip
 def test_their_model_imports(theirs: transformers.PretrainedConfig) -> None:
@@ -117,7 +77,7 @@ def test_their_model_imports(theirs: transformers.PretrainedConfig) -> None:
     torch.testing.assert_close(ours(ids)["logits"], model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "qwen3"])
 @pytest.mark.parametrize("given", [{}, {"vocab_size": 99, "max_position_embeddings": 77, "n_positions": 77}])
 def test_what_a_config_json_leaves_out_is_as_they_have_it(model_type: str, given: dict[str, int]) -> None:
     theirs = transformers.AutoConfig.for_model(model_type, **given)
@@ -130,18 +90,6 @@ def test_a_bare_stack_without_prefix_imports() -> None:
     bare["h.0.attn.bias"] = torch.ones(1)
     back = dict(import_tensors(ours.config, bare))
     assert all(torch.equal(back[n], p) for n, p in ours.named_parameters())
-
-
-def test_padding_on_either_side_changes_nothing() -> None:
-    ours = build_ours("llama-grouped")
-    ids = torch.randint(1, 101, (1, 9))
-    alone = ours(ids)["logits"]
-    for left in (0, 5):
-        padded = F.pad(ids, (left, 5 - left))
-        mask = F.pad(torch.ones_like(ids), (left, 5 - left))
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = ours(padded, attention_mask=mask, position_ids=positions)["logits"]
-        torch.testing.assert_close(logits[:, left : left + 9], alone, atol=1e-5, rtol=1e-5)
 
 
 def expect(message: str, config: TransformerConfig, tensors: dict[str, torch.Tensor]) -> None:
@@ -166,6 +114,10 @@ def test_what_cannot_be_said_is_refused() -> None:
 
     with pytest.raises(ValueError, match="qk_norm=True"):
         write_config(config("llama", qk_norm=True))
+    with pytest.raises(ValueError, match="qk_norm=False"):
+        write_config(config("qwen3", qk_norm=False))
+    with pytest.raises(ValueError, match="use_sliding_window=True is not supported here; expected False"):
+        read_config({"model_type": "qwen3", "use_sliding_window": True})
     with pytest.raises(ValueError, match="out_bias=False: shares attention_bias"):
         write_config(config("llama", qkv_bias=True))
     with pytest.raises(ValueError, match="activation='relu2'"):

@@ -9,7 +9,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from shardwright.interop.huggingface import write_config
 from shardwright.model.count import activation_bytes, num_flops, num_parameters
 from shardwright.model.electra import Electra
 from shardwright.model.encoder_decoder import EncoderDecoderConfig
@@ -20,18 +19,6 @@ from shardwright.train.settings import read_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
-# Parameters of the models that OpenAI and Meta published, as Hugging Face counts them.
-PUBLISHED = {
-    ("gpt2", "124M", 50257): 124_439_808,
-    ("gpt2", "355M", 50257): 354_823_168,
-    ("gpt2", "774M", 50257): 774_030_080,
-    ("gpt2", "1558M", 50257): 1_557_611_200,
-    ("llama", "2-7B", 32000): 6_738_415_616,
-    ("llama", "2-13B", 32000): 13_015_864_320,
-    ("llama", "2-70B", 32000): 68_976_648_192,
-    ("llama", "3-8B", 128256): 8_030_261_248,
-    ("llama", "3-70B", 128256): 70_553_706_496,
-}
 VARIANTS: list[dict[str, object]] = [
     {},
     {"kv_heads": 2, "qk_norm": True},
@@ -74,20 +61,6 @@ def outputs(model: LanguageModel, ids: torch.Tensor, **streams: torch.Tensor) ->
     """All that a model computes of tokens in training."""
     drafts = isinstance(model, Electra) and model.config.generator.layers
     return [*model(ids, **streams).values(), *([model.draft_logits(ids)] if drafts else [])]
-
-
-@pytest.mark.parametrize(("family", "size", "vocab"), PUBLISHED)
-def test_published_sizes(family: str, size: str, vocab: int) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = FAMILIES[family].config.model_validate({"family": family, "size": size, "vocab_size": vocab})
-    with torch.device("meta"):
-        model = build_model(config)
-        raw = transformers.AutoConfig.for_model(**write_config(config))
-        theirs = transformers.AutoModelForCausalLM.from_config(raw)
-    published = PUBLISHED[family, size, vocab]
-    assert sum(p.numel() for p in model.parameters()) == published
-    assert num_parameters(config)["total"] == published
-    assert sum(p.numel() for p in theirs.parameters()) == published
 
 
 @pytest.mark.parametrize("size", FAMILIES["gpt3"].config.SIZES)
@@ -156,7 +129,7 @@ def test_flops_equal_the_counter(family: str, fields: dict[str, object]) -> None
 
 
 def test_flops_of_two_streams_equal_the_counter() -> None:
-    config, length, predicted = make("xlnet"), 48, 12
+    config, length, predicted = make("xlnet"), 48, 16
     model, ids = build_model(config), torch.randint(0, 101, (2, length))
     places = torch.arange(predicted).expand(2, -1) * 3
     order = torch.zeros_like(ids).scatter_(1, places, 1 + places)
@@ -178,7 +151,7 @@ def test_flops_formula() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("fields", [{}, {"kv_heads": 2}, {"residual_dropout": 0.1}])
+@pytest.mark.parametrize("fields", [{}, {"kv_heads": 2}, {"residual_dropout": 0.1}, {"qk_norm": True}])
 def test_activation_bytes_are_what_autograd_saves(family: str, fields: dict[str, object]) -> None:
     config = make(family, **fields)
     model, tokens = build_model(config), 2 * 64
@@ -196,17 +169,18 @@ def test_activation_bytes_are_what_autograd_saves(family: str, fields: dict[str,
         memory, context = torch.randn(2, 48, 64, requires_grad=True), context._replace(encoder=None)
         saved = saved_bytes(model.blocks[str(config.layers)], (inputs, memory), context, key) - memory.nbytes
         expected = activation_bytes(config, tokens, value_bytes=4, memory=2 * 48)
-        assert saved == expected + unfused_bytes(config, inputs, norms=3)
+        assert saved == expected + unfused_bytes(config, inputs, norms=3, memory=2 * 48)
 
 
-def unfused_bytes(config: TransformerConfig, inputs: torch.Tensor, norms: int) -> int:
+def unfused_bytes(config: TransformerConfig, inputs: torch.Tensor, norms: int, memory: int = 0) -> int:
     """What a CPU keeps beside, for want of kernels that GPUs have.
 
     RMSNorm keeps its normed input. Attention whose mask has a gradient (T5's) goes by single products: it keeps the
     probabilities in place of a statistic, and keys and values once for each query head.
     """
     rows, length, _ = inputs.shape
-    kept = norms * inputs.numel() if config.norm == "rms" else 0
+    heads = rows * length * ((norms - 1) * config.heads + config.num_kv_heads) + memory * config.num_kv_heads
+    kept = norms * inputs.numel() + config.qk_norm * heads * config.head_width if config.norm == "rms" else 0
     if isinstance(config, T5Config):
         kept += rows * config.heads * length * (length - 1)
         kept += 2 * rows * length * (config.heads - config.num_kv_heads) * config.head_width

@@ -12,7 +12,7 @@ from shardwright.model.transformer import Inputs
 from shardwright.model.two_stream import pick, shift
 from shardwright.model.xlnet import XLNet, XLNetConfig, distance_rows
 
-LENGTH, PLACES = 16, 4
+LENGTH, PLACES = 16, 8
 
 
 def build(**fields: object) -> XLNet:

@@ -13,7 +13,7 @@ __all__ = ["build_folder", "folder", "texts"]
 
 @pytest.fixture(scope="session")
 def marked(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Prepared folders `english` and `chinese_poems` that say where words and sentences start; do not write into them."""
+    """Prepared folders `english` and `chinese_poems` that say where words and sentences start; leave them alone."""
     from shardwright.config import parse
     from shardwright.data.prepare import PrepareConfig, prepare
 

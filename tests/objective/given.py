@@ -37,7 +37,7 @@ def rows_of_text(
     names = []
     for row in range(count):
         rng = np.random.default_rng([seed, first + row])
-        tokens[row] = rng.integers(1, VOCABULARY, length)
+        tokens[row] = 1 + rng.permutation(VOCABULARY - 1)[:length]  # none twice, so that each names its place
         if short:
             lengths[row] = 0 if (first + row) % 7 == 6 else rng.integers(1, length + 1)
             numbers[row] = -1 if lengths[row] == 0 else numbers[row]

@@ -1,4 +1,4 @@
-"""Causal batches against a slow oracle that looks at one token at a time, and the promise that documents do not meet."""
+"""Causal batches against a slow oracle of one token at a time, and the promise that documents do not meet."""
 
 from __future__ import annotations
 

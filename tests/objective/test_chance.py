@@ -36,7 +36,7 @@ def test_seeds_numbers_places_purposes_and_splits_are_apart() -> None:
 def test_numbers_are_uniform_and_uncorrelated() -> None:
     chance = Chance(5, np.arange(2000))
     drawn = chance.uniform(1, PLACES)
-    assert 0 <= drawn.min() and drawn.max() < 1
+    assert drawn.min() >= 0 and drawn.max() < 1
     counts, _ = np.histogram(drawn, 100, (0, 1))
     expected = drawn.size / 100
     assert ((counts - expected) ** 2 / expected).sum() < 160  # chi square of 99 degrees of freedom: 99 +- 14

@@ -117,11 +117,11 @@ def test_infill_over_a_million_tokens() -> None:
 
 @pytest.mark.parametrize("name", ["english", "chinese_poems"])
 def test_real_sentences_are_shuffled(marked: dict[str, Path], name: str) -> None:
-    stream = Stream([str(marked[name])], raw_length=62, stride=62, seed=0, wanted=Wanted(("sentences",)))
+    stream = Stream([str(marked[name])], raw_length=254, stride=254, seed=0, wanted=Wanted(("sentences",)))
     end = int(stream.tokenizer["end_of_document"])
     specials = {**setting(1).specials, "end": end, "bos": 9000, "mask": 9001, "pad": 9002}
     raw = stream.sequences(np.arange(100))
-    objective = build("permute", length=64, changes={"specials": specials})
+    objective = build("permute", length=256, changes={"specials": specials})
     arrays = objective.corrupt(raw)
     real = arrays["encoder_documents"] >= 0
     assert real.all()

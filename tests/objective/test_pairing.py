@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from shardwright.objective.rows import Rows
 from tests.objective.given import CLS, PAD, SEP, rows_of_text, setting
 
 LENGTH = 64
-END = {"english": 0, "chinese_poems": 0}
+LENGTHS = {"english": 256, "chinese_poems": 192}  # some sentences each; two poems
 
 
 class Corpus:
@@ -50,10 +51,11 @@ class Corpus:
 
 
 def stream_of(folder: Path, objective: Masked, kind: type = Stream, **order: int) -> Stream | ValidationStream:
+    length = objective.setting.length
     return kind(
         [str(folder)],
-        raw_length=objective.raw_length(LENGTH),
-        stride=objective.stride(LENGTH),
+        raw_length=objective.raw_length(length),
+        stride=objective.stride(length),
         wanted=Wanted(objective.marks, objective.neighbours),
         **order,
     )
@@ -64,7 +66,7 @@ def build(folder: Path, **config: object) -> Masked:
     end = ValidationStream([str(folder)], raw_length=8, stride=8).tokenizer["end_of_document"]
     # Ids beyond those of the tokenizers, so that text is never taken for them.
     specials |= {"end": end, "cls": 9000, "sep": 9001, "pad": 9002, "mask": 9003}
-    return Masked(MaskedConfig(**config), setting(LENGTH, specials=specials))
+    return Masked(MaskedConfig(**config), setting(LENGTHS[folder.name], specials=specials))
 
 
 def rows_of(folder: Path, objective: Masked, count: int) -> Rows:
@@ -109,14 +111,14 @@ def test_order_swaps_half_of_what_follows_itself(marked: dict[str, Path], name: 
         assert places, "the two are not one text"
         cuts = [(document, place + len(first)) for document, place in places]
         inner += any(cut in corpus.sentences[document] for document, cut in cuts)
-    assert inner > 0.85 * len(found)  # the rest are stretches of one sentence
+    assert inner > 0.9 * len(found)  # the rest are rows of one sentence
     share = np.mean([label for label, _, _ in found])
     assert abs(share - 0.5) < 4 * 0.5 / len(found) ** 0.5
     assert len(found) >= 200
     if pairs > 1 and name == "chinese_poems":  # poems are shorter than rows
-        assert len(found) > 320
+        assert len(found) > 400
         alone = build(marked[name], sentence="order", pairs=1)
-        assert rows.real.mean() > 1.2 * rows_of(marked[name], alone, 200).real.mean()
+        assert rows.real.mean() > 1.4 * rows_of(marked[name], alone, 200).real.mean()
 
 
 @pytest.mark.parametrize("name", ["english", "chinese_poems"])
@@ -148,9 +150,11 @@ def test_text_begins_at_sentences_and_little_is_left_out(marked: dict[str, Path]
     corpus = Corpus(stream)
     found = pairs_of(rows_of(marked[name], objective, 200))
     begins = [corpus.find(b if label else a) for label, a, b in found]
-    assert np.mean([any(p in corpus.sentences[d] for d, p in places) for places in begins]) > 0.8
+    assert (
+        np.mean([any(p in corpus.sentences[d] for d, p in places) for places in begins]) > 0.75
+    )  # sentences of 100 tokens
     taken = sum(len(a) + len(b) for _, a, b in found)
-    assert taken > 0.85 * 200 * objective.stride(LENGTH)
+    assert taken > 0.9 * 200 * objective.stride(objective.setting.length)
 
 
 def test_the_loader_gives_the_same_rows_in_any_batch(marked: dict[str, Path]) -> None:
@@ -176,10 +180,10 @@ def test_the_loader_gives_the_same_rows_in_any_batch(marked: dict[str, Path]) ->
 def test_a_validation_split_has_every_token_in_one_row(marked: dict[str, Path]) -> None:
     folder = marked["english"]
     training = build(folder, sentence="next")
-    objective = Masked(training.config, setting(LENGTH, specials=training.setting.specials, evaluation=True))
+    objective = Masked(training.config, replace(training.setting, evaluation=True))
     stream = stream_of(folder, objective, ValidationStream)
     numbers = np.arange(stream.num_sequences)
-    assert objective.raw_length(LENGTH) == objective.stride(LENGTH)
+    assert objective.raw_length(64) == objective.stride(64)
     neighbours = stream.neighbours(numbers)
     assert (neighbours != numbers).all() and sorted(neighbours) == numbers.tolist()
     arrays = objective.corrupt(stream.sequences(np.concatenate([numbers, neighbours])))

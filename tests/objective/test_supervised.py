@@ -47,7 +47,9 @@ def test_rows_of_pairs(begin: bool, start: str) -> None:
     assert arrays["labels"][0].tolist() == [*first, 11, 12, END, *[PAD] * (3 - begin)]
     assert arrays["weights"].sum(1).tolist() == [3 + begin, 6, 0]
     opening = {"pad": PAD, "bos": BOS, "end": END}[start]
-    assert (arrays["input_ids"][:, 0] == opening).all() and (arrays["input_ids"][:, 1:] == arrays["labels"][:, :-1]).all()
+    assert (arrays["input_ids"][:, 0] == opening).all() and (
+        arrays["input_ids"][:, 1:] == arrays["labels"][:, :-1]
+    ).all()
     assert (arrays["encoder_documents"] >= 0).sum(1).tolist() == [4 + begin, 8, 0]
     assert arrays["documents"].max(1).tolist() == [0, 0, -1]
 
@@ -68,7 +70,7 @@ def test_the_loss_of_pairs_is_torchs(smoothing: float) -> None:
 
 def test_classes_of_texts() -> None:
     objective = Classify(ClassifyConfig(classes=3), setting(8))
-    arrays = objective.corrupt(examples([[1, 2, 3], [4] * 20, []], [[2], [0], []]))
+    arrays = objective.corrupt(examples([[1, 2, 3], [4] * 20, []], [[3], [1], []]))
     check_shapes(arrays, 3)
     assert arrays["input_ids"].tolist() == [
         [CLS, 1, 2, 3, SEP, PAD, PAD, PAD], [CLS, *[4] * 6, SEP], [CLS, SEP, *[PAD] * 6],
@@ -84,7 +86,7 @@ def test_classes_of_texts() -> None:
 
 def test_classes_of_tokens() -> None:
     objective = Classify(ClassifyConfig(of="tokens", classes=4), setting(8))
-    arrays = objective.corrupt(examples([[1, 2, 3], [4] * 20, []], [[2, -1, 3], [0] * 20, []]))
+    arrays = objective.corrupt(examples([[1, 2, 3], [4] * 20, []], [[3, 0, 4], [1] * 20, []]))
     check_shapes(arrays, 3)
     assert arrays["labels"].shape == arrays["weights"].shape == (3, 8)
     assert arrays["weights"].tolist() == [[0, 1, 0, 1, 0, 0, 0, 0], [0, *[1] * 6, 0], [0] * 8]
@@ -93,4 +95,6 @@ def test_classes_of_tokens() -> None:
     hidden, head = torch.randn(3, 8, 5), torch.nn.Linear(5, 4)
     loss = objective.loss(hidden, Heads(Head(torch.empty(0, 5)), None, {"label": head}), batch)["label"]
     labels = batch["labels"].masked_fill(batch["weights"] == 0, -100)
-    torch.testing.assert_close(loss / objective.count(batch)["label"], F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten()))
+    torch.testing.assert_close(
+        loss / objective.count(batch)["label"], F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten())
+    )

@@ -102,16 +102,22 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     "sequence slices": [
         ({"tensor": 4, "length": 1022}, "data.sequence_length=1022: .* use parallel.sequence=false"),
         ({"tensor": 12, "context": 2, "length": 36}, "data.sequence_length=36: "),
-        ({"tensor": 4, "target": 114}, "gives targets of 114 tokens, which do not divide into .* parallel.tensor=4 sl"),
+        (
+            {"tensor": 4, "target": 114},
+            "data.sequence_length=1024: gives targets of 114 tokens, which do not divide into .* parallel.tensor=4 sl",
+        ),
     ],
     "query stream": [
-        ({"tensor": 2, "query_stream": 85}, "parallel.tensor=2: cuts the 85 .* or use parallel.sequence=false"),
+        (
+            {"tensor": 3, "query_stream": 88, "length": 1020},
+            "parallel.tensor=3: .* the 88 .* or use parallel.sequence=fa",
+        ),
     ],
     "context chunks": [
         ({"context": 4, "length": 1020}, "data.sequence_length=1020: .* 8 equal chunks; 1024 is"),
         (
             {"context": 2, "target": 114},
-            "gives targets of 114 tokens, .* cannot cut into 4 equal",
+            "data.sequence_length=1024: gives targets of 114 tokens, .* cannot cut into 4 equal",
         ),
     ],
     "ring": [

@@ -75,7 +75,8 @@ class Loss(nn.Module):
         heads = Heads(head, self.model.transform)
         if self.mesh is not None:
             hidden, heads = localize_heads(hidden, heads, self.mesh, self.sequence)
-        head, hidden = heads.vocabulary, heads.transformed(hidden)
+        head, transform = heads.vocabulary, heads.transform
+        hidden = hidden if transform is None else transform(hidden)
         if self.linear:
             return linear_in_logits(hidden, head) / self.count
         scale = 1 / self.count

@@ -100,6 +100,12 @@ class PrepareConfig(Strict):
     )
     output: str = free(..., "Folder to write; an interrupted preparation goes on there")
     text_field: str = meaning("text", "Field, column or (dotted) path that holds the text")
+    target_field: str | None = meaning(
+        None, "Field of the text that each text is to become: makes examples for objective.name=pairs"
+    )
+    class_field: str | None = meaning(
+        None, "Field of the class of each text: makes examples for objective.name=classify"
+    )
     format: Literal["auto", "text", "jsonl", "csv", "tsv", "parquet", "warc", "wikipedia"] = meaning(
         "auto", "Format of every input file; auto goes by name and content"
     )
@@ -126,6 +132,17 @@ class PrepareConfig(Strict):
     ray_address: str | None = free(
         None, "Ray cluster to work on: HOST:PORT of its head node, or auto; null starts Ray on this machine alone"
     )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> PrepareConfig:
+        if self.target_field is not None and self.class_field is not None:
+            raise ValueError("target_field and class_field: an example has one of them; keep one")
+        return self
+
+    @property
+    def makes_examples(self) -> bool:
+        """Whether the result is examples of a source and a target, and not text."""
+        return self.target_field is not None or self.class_field is not None
 
     @model_validator(mode="after")
     def _address_of_ray(self) -> PrepareConfig:

@@ -25,6 +25,7 @@ from shardwright.config import ConfigError, RunError
 from shardwright.data.manifest import Manifest, ShardInfo, SplitInfo, write_atomic
 from shardwright.data.prepare import duplicates, state, units
 from shardwright.data.prepare.dedup import check_dedup
+from shardwright.data.prepare.examples import prepare_examples
 from shardwright.data.prepare.filters import check_languages, contamination_of
 from shardwright.data.prepare.inputs import list_inputs
 from shardwright.data.prepare.options import PrepareConfig
@@ -56,6 +57,10 @@ def prepare(config: PrepareConfig, *, progress: bool = True) -> Manifest:
         get_logger().info(f"{output}: already prepared ({_totals(finished)}); nothing to do")
         return finished
     with state.locked(output) as work, _explained(output):
+        if config.makes_examples:
+            manifest = prepare_examples(config, output)
+            shutil.rmtree(work, ignore_errors=True)
+            return manifest
         return _Preparation(config, output, work, quiet=None if progress else True).run()
 
 
