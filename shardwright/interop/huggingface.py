@@ -128,8 +128,7 @@ def called_for(config: TransformerConfig, folder: str = "") -> str:
 
 
 class Imported(Mapping[str, Tensor]):
-    """Our tensors as a view of theirs: each is made when it is asked for, so that a source that reads lazily is never
-    held whole.
+    """Our tensors as a view of theirs: each is made when it is asked for.
 
     All of ours, or those that the model in `folder` holds; `spare` are names of theirs that have no place. `meta` holds
     theirs on the meta device where `theirs` reads; ours are in the attribute of that name. `dtype` None leaves each its
@@ -207,6 +206,34 @@ class ImportedTogether(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._of)
+
+
+class ImportedAll(Mapping[str, Tensor]):
+    """Our tensors as a view of all of their models that ours holds, by folder; "" is the one that gives its name.
+
+    ValueError where one is missing, or what two of them name is not equal in both.
+    """
+
+    def __init__(self, config: TransformerConfig, sources: Mapping[str, Imported]) -> None:
+        if missing := [folder for folder in folders_beside(config) if folder not in sources]:
+            raise ValueError(f"Hugging Face tensors do not fit the config: those of its {missing[0]} are missing")
+        self._source: dict[str, Imported] = {}
+        self.meta: dict[str, Tensor] = {}
+        for folder, tensors in sources.items():
+            for name in tensors:
+                if name in self._source and not torch.equal(self._source[name][name], tensors[name]):
+                    raise ValueError(f"{folder}: {name} differs from that beside it, but one is trained for both")
+                self._source.setdefault(name, tensors)
+                self.meta.setdefault(name, tensors.meta[name])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._source[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source)
+
+    def __len__(self) -> int:
+        return len(self._source)
 
 
 class Exported(Mapping[str, Tensor]):

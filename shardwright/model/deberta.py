@@ -28,6 +28,8 @@ from shardwright.model.transformer import Cache, Context, Inputs
 class DebertaConfig(EncoderConfig):
     """v1's choices."""
 
+    projects_tables: ClassVar[bool] = True
+
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {
         "base": {"layers": 12, "width": 768, "heads": 12},
         "large": {"layers": 24, "width": 1024, "heads": 16},

@@ -122,6 +122,9 @@ class TransformerConfig(ModelConfig):
         """Whether the feed-forward layer has a gate."""
         return ACTIVATIONS[self.activation].gated
 
+    #: Whether blocks project a table that all of them share: no one of them has its gradient.
+    projects_tables: ClassVar[bool] = False
+
     @property
     def ties_stages(self) -> bool:
         """Whether the last layer computes with a weight of the first one."""

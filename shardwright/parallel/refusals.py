@@ -44,6 +44,7 @@ class Facts:
     query_stream: int = 0  # tokens of XLNet's query stream
     causal: bool = True
     shared_blocks: bool = False  # all blocks are one, which counts once among `layers`
+    projects_tables: bool = False  # blocks project a table that all of them share
     # The batches. `batches` holds the sequences of a step at every level of a ramp.
     length: int
     target: int | None = None  # tokens of a decoder's row beside an encoder's of `length`; None or the same without one
@@ -151,6 +152,15 @@ def _layers(f: Facts) -> str | None:
     return (
         f"parallel.pipeline={f.pipeline}: {stages} stages cannot be cut from {f.layers} parts (embedding, blocks, "
         "final norm, head)"
+    )
+
+
+def _tables(f: Facts) -> str | None:
+    if not f.projects_tables or not f.splits_backward:
+        return None
+    return (
+        f"parallel.schedule={f.schedule}: torch takes gradients of weights in groups, and goes more than once back "
+        "through a table that blocks share and project; use 1f1b, interleaved_1f1b or gpipe"
     )
 
 
@@ -377,6 +387,7 @@ ROWS: tuple[Row, ...] = (
     Row("selective recomputation in zero-bubble", "it allows one pass back through a block, not two", _recompute),
     Row("stages of a rank", "gpipe and 1f1b: 1; zbv and dualpipev: 2; interleaved: any", _stages),
     Row("layers", "no more stages than embedding, blocks, final norm and head", _layers),
+    Row("projected tables in zero-bubble", "torch goes back through a table that blocks share twice", _tables),
     Row("one block for all", "a pipeline does not part a block that all layers share", _shared_blocks),
     Row(
         "micro-batches",

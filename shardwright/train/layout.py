@@ -87,6 +87,7 @@ def build_facts(config: Config, size: int) -> Facts:
         **_second_stack(config),
         causal=model.causal,  # type: ignore[attr-defined]
         shared_blocks=model.repeats > 1,  # type: ignore[attr-defined]
+        projects_tables=model.projects_tables,  # type: ignore[attr-defined]
         length=config.data.sequence_length,
         target=row_lengths(config)[1],
         batches=(full,) if ramp is None else (*range(ramp.start, full, ramp.increment), full),

@@ -397,7 +397,11 @@ def matrix() -> tuple[Cell, ...]:
 
 
 def _fits(cell: Cell) -> bool:
-    """Ranks of a tensor axis share key heads, of which the Llama shapes have 2; ALBERT makes 3 parts of a pipeline."""
+    """Ranks of a tensor axis share key heads, of which the Llama shapes have 2; ALBERT makes 3 parts of a pipeline, and
+    DeBERTa's table is not for schedules that split the backward pass.
+    """
+    if cell.shape.startswith("deberta") and cell.layout.endswith(("zero_bubble", "zbv", "dualpipev")):
+        return False
     if cell.shape == "albert" and "pipeline" in cell.layout and not cell.layout.endswith("pipeline2_1f1b"):
         return False
     return not cell.layout.startswith("tensor4") or SHAPES[cell.shape].get("kv_heads", 4) % 4 == 0

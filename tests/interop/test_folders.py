@@ -318,3 +318,24 @@ def test_a_name_on_the_hub_comes_from_its_cache(tmp_path):
     assert "shardwright: somebody/other: no such folder, and the hub did not give it: " in answer.stderr
     assert answer.stderr.count("\n") == 1
     assert load(tmp_path / "ours").model.config.family == "gpt2"
+
+
+def test_electra_goes_out_as_two_models_and_comes_back(tmp_path, capsys):
+    """The discriminator, with the generator in a folder of its own; without that folder, the discriminator alone."""
+    theirs = tmp_path / "theirs"
+    shape = {"vocab_size": 101, "embedding_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    judge = transformers.ElectraConfig(**shape, hidden_size=32, num_attention_heads=4, intermediate_size=64)
+    draft = transformers.ElectraConfig(**shape, hidden_size=8, num_attention_heads=2, intermediate_size=32)
+    judge, draft = transformers.ElectraForPreTraining(judge), transformers.ElectraForMaskedLM(draft)
+    draft.electra.embeddings.load_state_dict(judge.electra.embeddings.state_dict())
+    judge.save_pretrained(theirs)
+    draft.save_pretrained(theirs / "generator")
+    done(capsys, "import", theirs, "--output", tmp_path / "ours")
+    done(capsys, "export", tmp_path / "ours", "--output", tmp_path / "back")
+    for folder in ("", "generator"):
+        one, two = (WeightFiles(place / folder) for place in (theirs, tmp_path / "back"))
+        assert set(two) == set(one) and all(torch.equal(one[name], two[name]) for name in two)
+    shutil.rmtree(theirs / "generator")
+    done(capsys, "import", theirs, "--output", tmp_path / "alone")
+    done(capsys, "export", tmp_path / "alone", "--output", tmp_path / "again")
+    assert not (tmp_path / "again" / "generator").exists()

@@ -75,6 +75,10 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"pipeline": 16, "batches": (512,)}, "parallel.pipeline=16: 16 stages cannot be cut from 15 parts"),
         ({"pipeline": 8, "schedule": "zbv", "stages": 2}, "parallel.pipeline=8: 16 stages"),
     ],
+    "projected tables in zero-bubble": [
+        ({"pipeline": 2, "schedule": name, "stages": 2, "projects_tables": True}, f"parallel.schedule={name}: ")
+        for name in BUBBLES
+    ],
     "one block for all": [
         (
             {"pipeline": 4, "layers": 3, "shared_blocks": True},
@@ -328,6 +332,7 @@ def any_facts(draw: st.DrawFn) -> Facts:
         sequence=draw(st.booleans()),
         layers=draw(st.integers(3, 16)),
         shared_blocks=draw(st.booleans()),
+        projects_tables=draw(st.booleans()),
         heads=kv_heads * draw(st.sampled_from([1, 2, 3])),
         kv_heads=kv_heads,
         mlp_width=draw(st.sampled_from([30, 32, 48, 96])),
@@ -360,7 +365,7 @@ def fits(f: Facts) -> bool:
     slices = f.tensor == 1 or not f.sequence or f.length % (f.context * f.tensor) == f.query_stream % f.tensor == 0
     chunks = f.context == 1 or f.length % (2 * f.context) == 0
     zero = not (f.pipeline > 1 and f.zero == 2) and not (split and f.zero == 3)
-    graphs = not (split and (f.compile or f.recompute == "selective"))
+    graphs = not (split and (f.compile or f.recompute == "selective" or f.projects_tables))
     alone = f.tensor * f.context * f.pipeline == 1 and (f.zero == 0 or f.shard in (None, f.data))
     sharded = f.precision == "fp32" or f.world == 1 or f.zero > 0
     need = max({"none": 0, "cpu": 1, "nvme": 3}[f.optimizer_place], 0 if f.parameter_place == "none" else 3)

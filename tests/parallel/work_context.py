@@ -29,6 +29,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "deberta_v2": {"family": "deberta_v2", "buckets": 8, "convolution": 5, "layers": 3},
     "albert": {"family": "albert", "embed_width": 16, "sentence_head": False},
     "crammed": {"family": "crammed"},
+    "modernbert": {"family": "modernbert", "layers": 3, "window": 6, "mlp_width": 48},
 }
 
 
