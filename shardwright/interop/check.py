@@ -139,7 +139,8 @@ def _their_logits(folder: Path, name: str, inputs: dict[str, Tensor]) -> Tensor:
 
     with _quiet():
         model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    return model(**_taken(model, inputs)).logits
+    output = model(**_taken(model, inputs))
+    return output.logits if "logits" in output else output.prediction_logits  # of models with a head for pairs beside
 
 
 def _taken(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
