@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shardwright.config import parse
 from shardwright.model.families import FAMILIES, build_model
-from shardwright.model.family import Family, HuggingFaceMap, OneOf, TensorRule
+from shardwright.model.family import Family, HuggingFaceMap, OneOf, TensorRule, Whatever
 from shardwright.model.transformer import TransformerConfig
 
 _ABSENT = object()
@@ -99,9 +99,9 @@ def write_config(config: TransformerConfig, folder: str = "") -> dict[str, Any]:
             raise ValueError(f"model.{field}={filled[field]!r}: {table.architecture} has {', '.join(values)} alone")
         _put(raw, key, values[filled[field]], field)
     for key, value in table.theirs.items():
-        value = value.values[0] if isinstance(value, OneOf) else value
-        if value is not None:
-            _put(raw, key, value, key)
+        said = value.values[0] if isinstance(value, OneOf) else value
+        if said is not None or isinstance(value, Whatever):
+            _put(raw, key, said, key)
     return raw
 
 

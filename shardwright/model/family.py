@@ -62,6 +62,15 @@ class OneOf:
     __hash__ = None  # type: ignore[assignment]
 
 
+class Whatever(OneOf):
+    """Any value means the same to us; the first is written even where it is null, since their default would not fit."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None
+
+
 def weight_and_bias(theirs: str, ours: str) -> tuple[TensorRule, TensorRule]:
     """The two tensors of a linear layer or norm; a rule for one that a model lacks falls away."""
     return TensorRule(f"{theirs}.weight", (f"{ours}.weight",)), TensorRule(f"{theirs}.bias", (f"{ours}.bias",))

@@ -18,7 +18,7 @@ from shardwright.config import meaning
 from shardwright.model import bert, position
 from shardwright.model.attention import LayerCache
 from shardwright.model.encoder import Encoder, EncoderConfig
-from shardwright.model.family import Family, HuggingFaceMap, OneOf, TensorRule, weight_and_bias
+from shardwright.model.family import Family, HuggingFaceMap, OneOf, TensorRule, Whatever, weight_and_bias
 from shardwright.model.transformer import ActivationName, Block, Cache, Context, Inputs
 
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -155,6 +155,7 @@ HUGGINGFACE = HuggingFaceMap(
         "residual_dropout": 0.0,
     },
     theirs={
+        "pad_token_id": Whatever(None),  # theirs is of the published vocabulary
         "mlp_dropout": 0.0,
         "classifier_activation": "gelu",
         "global_attn_every_n_layers": OneOf(None, 3),
