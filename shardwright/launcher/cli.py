@@ -172,8 +172,10 @@ def generate(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     check_prompt(prompt)
     loaded = load(run_folder)
-    sys.stdout.write(prompt)
-    for piece in stream_text(loaded.model, loaded.tokenizer, prompt, sampling, max_new_tokens=tokens):
+    if loaded.model.config.kind == "decoder":  # else the prompt is what is read, and the text another
+        sys.stdout.write(prompt)
+    start = loaded.target_start
+    for piece in stream_text(loaded.model, loaded.tokenizer, prompt, sampling, max_new_tokens=tokens, start=start):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -33,6 +33,13 @@ class Loaded:
     checkpoint: Path  # the folder itself where it is Hugging Face's
     known_tokenizer: Tokenizer | None
 
+    @property
+    def target_start(self) -> int | None:
+        """The token that a decoder's text came after in training; None where it is the end of a document."""
+        objective = self.config.objective
+        use = "pad" if objective.name == "span" else getattr(objective, "start", "end")
+        return objective.special_tokens.get(use)
+
     def __call__(self, **inputs: Any) -> Mapping[str, Any]:
         """Call the model by Hugging Face's names: `loaded(input_ids=...)["logits"]`; without gradients."""
         with torch.no_grad():

@@ -44,8 +44,6 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "bart, tensor x pipeline": (4, "parallel.tensor=2 parallel.pipeline=2", {"family": "bart"}),
     "t5, tensor": (2, "parallel.tensor=2", {"family": "t5", "decoder_layers": 2}),
     "t5, context": (2, "parallel.context=2", {"family": "t5", "decoder_layers": 2}),
-    "t5, pipeline": (2, "parallel.pipeline=2", {"family": "t5", "decoder_layers": 2}),
-    "t5, pipeline, zbv": (2, "parallel.pipeline=2 parallel.schedule=zbv", {"family": "t5"}),
 }  # fmt: skip
 
 
