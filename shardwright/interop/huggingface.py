@@ -208,34 +208,6 @@ class ImportedTogether(Mapping[str, Tensor]):
         return len(self._of)
 
 
-class ImportedAll(Mapping[str, Tensor]):
-    """Our tensors as a view of all of their models that ours holds, by folder; "" is the one that gives its name.
-
-    ValueError where one is missing, or what two of them name is not equal in both.
-    """
-
-    def __init__(self, config: TransformerConfig, sources: Mapping[str, Imported]) -> None:
-        if missing := [folder for folder in folders_beside(config) if folder not in sources]:
-            raise ValueError(f"Hugging Face tensors do not fit the config: those of its {missing[0]} are missing")
-        self._source: dict[str, Imported] = {}
-        self.meta: dict[str, Tensor] = {}
-        for folder, tensors in sources.items():
-            for name in tensors:
-                if name in self._source and not torch.equal(self._source[name][name], tensors[name]):
-                    raise ValueError(f"{folder}: {name} differs from that beside it, but one is trained for both")
-                self._source.setdefault(name, tensors)
-                self.meta.setdefault(name, tensors.meta[name])
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._source[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._source)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-
 class Exported(Mapping[str, Tensor]):
     """Their tensors as a view of ours, as their files have them: a tied head is not repeated. As `Imported`."""
 

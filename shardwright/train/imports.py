@@ -32,7 +32,6 @@ from shardwright.interop.tokenizer import load_tokenizer
 from shardwright.interop.weights import WeightFiles
 from shardwright.log import get_logger, progress
 from shardwright.model.transformer import TransformerConfig
-from shardwright.objective.table import OBJECTIVES
 from shardwright.train.folder import CHECKPOINTS, CONFIG
 from shardwright.train.settings import SCHEMA, usual_objective
 from shardwright.train.writing import writing
