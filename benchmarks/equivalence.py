@@ -1,6 +1,6 @@
 """Every layout against one process: the whole matrix of tests/equivalence/cells.py, in real gloo processes.
 
-A cell is a small GPT-2 or Llama under one layout with one setting (optimizer, number format, recomputation, ...): 20
+A cell is a small model of a family under one layout with one setting (optimizer, number format, recomputation, ...): 20
 steps on real packed text, each step's loss and gradient norm and the final weights compared with those of one process.
 What is done is kept by cell and revision in runs/equivalence/cells.jsonl, and not done again: the script can be stopped
 and started. The page holds each cell's newest figures. Ends with 1 where a cell is out of its bound.
@@ -30,12 +30,12 @@ from kill import revision_of_tree  # noqa: E402
 
 sys.path.insert(0, str(ROOT))  # for `tests`, which is not installed
 
-from tests.equivalence.cells import BOUNDS, LAYOUTS, SETTINGS, SHAPES, Cell, matrix, sample  # noqa: E402
+from tests.equivalence.cells import BOUNDS, FAMILIES, LAYOUTS, SETTINGS, SHAPES, Cell, fits, matrix, sample  # noqa: E402
 from tests.equivalence.matrix import Matrix, Verdict, prepare_text  # noqa: E402
 from tests.ranks import SIZE, Ranks  # noqa: E402
 
 FIGURES = ("loss", "norm", "weights", "validation")
-PRECISIONS = {"fp32": "float32", "fp16": "fp16, one overflow", "bf16": "bf16"}
+PRECISIONS = {"fp32": "float32", "fp16": "fp16, one overflow", "bf16": "bf16", "fp64": "float64"}
 
 
 def main() -> int:
@@ -141,7 +141,7 @@ def write_page(newest: dict[str, dict[str, Any]], options: argparse.Namespace) -
     facts = {**machine(), "commit": ", ".join(revisions), "processes": f"gloo, one pool of {SIZE}, one thread each"}
     parts = [introduction(), facts_table(facts), verdict_of(cells, failed)]
     parts += [section(name, cells, newest) for name in BOUNDS]
-    parts += ["## Every cell", rows(cells, newest)]
+    parts += ["## Every family under every layout", families(newest), "## Every cell", rows(cells, newest)]
     figures = {
         "benchmark": "equivalence", "commit": ", ".join(revisions), "cells": len(cells), "of": len(matrix()),
         "passed": len(cells) - len(failed), "failed": [cell.name for cell in failed],
@@ -199,6 +199,19 @@ def worst(cells: Iterable[Cell], newest: dict[str, dict[str, Any]], precision: s
     own = [(newest[cell.name]["differences"], cell.name) for cell in cells if cell.precision == precision]
     found = {name: max(((d[name], where) for d, where in own if name in d), default=None) for name in FIGURES}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def families(newest: dict[str, dict[str, Any]]) -> str:
+    """Layouts by families, without other settings."""
+
+    def sign(family: str, layout: str) -> str:
+        if not fits(family, layout):
+            return "-"
+        line = newest.get(Cell(family, layout).name)
+        return "" if line is None else "**failed**" if line["problem"] else "ok"
+
+    body = [[layout, *(sign(family, layout) for family in FAMILIES)] for layout in LAYOUTS if layout != "one"]
+    return f"-: refused, docs/families.md says why.\n\n{table(('layout', *FAMILIES), body)}"
 
 
 def rows(cells: Sequence[Cell], newest: dict[str, dict[str, Any]]) -> str:

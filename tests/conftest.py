@@ -87,6 +87,7 @@ def prepared(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "output": str(output),
         "tokenizer": {"vocab_size": 512},
         "validation_every": 10,
+        "starts": True,
     }
     prepare(parse(PrepareConfig, raw, "prepare"), progress=False)
     return output

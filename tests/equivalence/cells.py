@@ -34,55 +34,53 @@ BOUNDS: dict[str, dict[str, float]] = {
     "fp64": {"loss": 1e-9, "norm": 1e-8, "weights": 1e-9, "validation": 1e-9},
 }
 
-_LLAMA = {"family": "llama", "layers": 5, "width": 32, "heads": 4, "kv_heads": 2, "max_length": 64, "mlp_width": 96}
-_GPT2 = {"family": "gpt2", "layers": 5, "width": 32, "heads": 4, "max_length": 64}
 _SMALL = {"layers": 5, "width": 32, "heads": 4, "max_length": 64}
-#: Families whose blocks are of a kind of their own, with all that they may have.
-OWN_KINDS: dict[str, dict[str, Any]] = {
-    "albert": {"family": "albert", **_SMALL, "embed_width": 16, "sentence_head": False},
-    "crammed": {"family": "crammed", **_SMALL},
-    "deberta": {"family": "deberta", **_SMALL, "relative_span": 20},
-    "deberta_v2": {"family": "deberta_v2", **_SMALL, "buckets": 16, "convolution": 3},
-    "modernbert": {"family": "modernbert", **_SMALL, "mlp_width": 48, "window": 16},
-}
-#: Families whose stages hold more than one stack or stream, each with its objective.
-TWOFOLD: dict[str, dict[str, Any]] = {
-    "electra": {
-        "family": "electra", **_SMALL, "embed_width": 24, "generator_width": 16, "generator_heads": 4,
-        "generator_layers": 2,
-    },
-    "xlnet": {"family": "xlnet", **_SMALL},
-}  # fmt: skip
-#: Encoder-decoders, each with its objective.
-PAIRED: dict[str, dict[str, Any]] = {
+_GROUPED = {**_SMALL, "kv_heads": 2, "mlp_width": 96}
+#: Every family, small, with all that it may have.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": _SMALL,
+    "gpt3": _SMALL,
+    "llama": _GROUPED,
+    "qwen3": {**_GROUPED, "head_dim": 16},
+    "bert": _SMALL,
+    "roberta": _SMALL,
+    "albert": {**_SMALL, "embed_width": 16},
+    "crammed": _SMALL,
+    "deberta": {**_SMALL, "relative_span": 20},
+    "deberta_v2": {**_SMALL, "buckets": 16, "convolution": 3},
+    "modernbert": {**_SMALL, "mlp_width": 48, "window": 16},
+    "electra": {**_SMALL, "embed_width": 24, "generator_width": 16, "generator_heads": 4, "generator_layers": 2},
+    "xlnet": _SMALL,
     "t5": {
-        "family": "t5", **_SMALL, "layers": 2, "decoder_layers": 3, "mlp_width": 96, "activation": "geglu_tanh",
-        "tied": False, "scale_logits": False,
+        **_SMALL, "layers": 2, "decoder_layers": 3, "mlp_width": 96, "activation": "geglu_tanh", "tied": False,
+        "scale_logits": False,
     },
-    "bart": {"family": "bart", **_SMALL, "layers": 2, "decoder_layers": 3},
-    "transformer": {"family": "transformer", **_SMALL, "layers": 3, "decoder_layers": 2},
+    "bart": {**_SMALL, "layers": 2, "decoder_layers": 3},
+    "transformer": {**_SMALL, "layers": 3, "decoder_layers": 2},
 }  # fmt: skip
-_INFILL = {"name": "denoise", "damage": ["infill"]}
+FAMILIES = {name: {"family": name, **choices} for name, choices in FAMILIES.items()}
+#: Families whose blocks are of a kind of their own, and those whose stages hold more than one stack or stream.
+OWN_KINDS = ("albert", "crammed", "deberta", "deberta_v2", "modernbert")
+TWOFOLD = ("electra", "xlnet", "t5", "bart", "transformer")
+
+_MASKED, _INFILL = {"name": "masked"}, {"name": "denoise", "damage": ["infill"]}
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(OWN_KINDS, {"name": "masked"}),
+    **dict.fromkeys(("roberta", "crammed", "deberta", "deberta_v2", "modernbert"), _MASKED),
+    "bert": {**_MASKED, "sentence": "next"}, "albert": {**_MASKED, "sentence": "order"},
     "electra": {"name": "replaced"}, "xlnet": {"name": "permuted"}, "bart": _INFILL, "transformer": _INFILL,
     # A kind whose targets are as long as the rows, so that every layout can cut them.
     "t5": {"name": "span", "kind": "mass"},
 }  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
-    "gpt2": _GPT2,
-    "llama": _LLAMA,
-    "gpt2_free": {**_GPT2, "tied": False},
-    "llama_tied": {**_LLAMA, "tied": True},
+    **FAMILIES,
+    "gpt2_free": {**FAMILIES["gpt2"], "tied": False},
+    "llama_tied": {**FAMILIES["llama"], "tied": True},
     # What other families and recipes turn on: norms of single heads, gates, biases of the head, norms after the block.
-    "modern": {**_LLAMA, "tied": True, "qk_norm": True, "activation": "geglu", "logit_softcap": 15.0},
+    "modern": {**FAMILIES["llama"], "tied": True, "qk_norm": True, "activation": "geglu", "logit_softcap": 15.0},
     "post": {
-        **_GPT2, "tied": False, "norm_placement": "post", "embed_norm": True, "head_bias": True,
+        **FAMILIES["gpt2"], "tied": False, "norm_placement": "post", "embed_norm": True, "head_bias": True,
         "positions": "sinusoidal", "scale_embedding": True,
     },
-    **OWN_KINDS,
-    **TWOFOLD,
-    **PAIRED,
 }  # fmt: skip
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
@@ -359,9 +357,6 @@ CHOSEN_KINDS: dict[str, tuple[str, ...]] = {
 
 #: On families whose stages hold more than one stack or stream.
 CHOSEN_TWOFOLD: dict[str, tuple[str, ...]] = {
-    "plain": tuple(
-        name for name in LAYOUTS if name not in ("one", "tensor4") and not name.startswith(("data8", "hybrid"))
-    ),
     "fp64": CORE,
     "dropout": ("zero3", "tensor2", "context2", "pipeline2_1f1b"),
     "recompute_full": ("zero3", "tensor2", "context2", "pipeline2_zbv"),
@@ -373,38 +368,34 @@ CHOSEN_TWOFOLD: dict[str, tuple[str, ...]] = {
 
 @cache
 def matrix() -> tuple[Cell, ...]:
-    """Every cell, each once."""
-    cells = [Cell(shape, layout) for shape in ("gpt2", "llama") for layout in LAYOUTS if layout != "one"]
+    """Every cell, each once: every family under every layout that it may have, and settings where they could matter."""
+    cells = [Cell(shape, layout) for shape in FAMILIES for layout in LAYOUTS if layout != "one"]
     cells += [Cell(shape, layout) for shape in ("gpt2_free", "llama_tied") for layout in CORE]
     cells += [Cell(shape, layout) for shape in ("modern", "post") for layout in (*CORE[1:6], *CORE[9:10], EIGHT)]
-    cells += [Cell(shape, layout) for shape in OWN_KINDS for layout in (*CORE, "tensor2_context2")]
-    cells += [
-        Cell(shape, layout, setting)
-        for shape in OWN_KINDS
-        for setting, layouts in CHOSEN_KINDS.items()
-        for layout in layouts
-    ]
-    cells += [
-        Cell(shape, layout, setting)
-        for shape in (*TWOFOLD, *PAIRED)
-        for setting, layouts in CHOSEN_TWOFOLD.items()
-        for layout in layouts
-    ]
-    cells += [Cell("gpt2", layout, setting) for setting, layouts in CHOSEN.items() for layout in layouts]
+    for shapes, chosen in (
+        (("gpt2",), CHOSEN),
+        (("llama",), CHOSEN_LLAMA),
+        (OWN_KINDS, CHOSEN_KINDS),
+        (TWOFOLD, CHOSEN_TWOFOLD),
+    ):
+        every = [(setting, layout) for setting, layouts in chosen.items() for layout in layouts]
+        cells += [Cell(shape, layout, setting) for shape in shapes for setting, layout in every]
     cells += [Cell("gpt2", "tensor4", "vocabulary"), Cell("llama_tied", "tensor2", "vocabulary")]
-    cells += [Cell("llama", layout, setting) for setting, layouts in CHOSEN_LLAMA.items() for layout in layouts]
-    return tuple(dict.fromkeys(cell for cell in cells if _fits(cell)))
+    return tuple(dict.fromkeys(cell for cell in cells if fits(cell.shape, cell.layout)))
 
 
-def _fits(cell: Cell) -> bool:
-    """Ranks of a tensor axis share key heads, of which the Llama shapes have 2; ALBERT makes 3 parts of a pipeline, and
+def fits(shape: str, layout: str) -> bool:
+    """Whether a family may have a layout; docs/families.md says why where not.
+
+    Ranks of a tensor axis share key heads, of which the Llama shapes have 2; ALBERT makes 3 parts of a pipeline, and
     DeBERTa's table is not for schedules that split the backward pass.
     """
-    if cell.shape.startswith("deberta") and cell.layout.endswith(("zero_bubble", "zbv", "dualpipev")):
+    if shape.startswith("deberta") and layout.endswith(("zero_bubble", "zbv", "dualpipev")):
         return False
-    if cell.shape == "albert" and "pipeline" in cell.layout and not cell.layout.endswith("pipeline2_1f1b"):
+    few = ("pipeline2", "pipeline2_gpipe", "pipeline2_1f1b")
+    if shape == "albert" and "pipeline" in layout and not layout.endswith(few):
         return False
-    return not cell.layout.startswith("tensor4") or SHAPES[cell.shape].get("kv_heads", 4) % 4 == 0
+    return not layout.startswith("tensor4") or SHAPES[shape].get("kv_heads", 4) % 4 == 0
 
 
 def sample(seed: int) -> list[Cell]:

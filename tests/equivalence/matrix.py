@@ -121,6 +121,7 @@ def prepare_text(folder: Path) -> Path:
             "input": [str(source)],
             "output": str(output),
             "tokenizer": {"vocab_size": 512},
+            "starts": True,
             "validation_every": 10,
         }
         prepare(parse(PrepareConfig, raw, "prepare"), progress=False)

@@ -1,15 +1,22 @@
-"""Families whose blocks are of a kind of their own train under ZeRO 3 and under three axes as one process does.
+"""Every family trains under ZeRO 3 and under three axes as one process does, through whole runs on real text.
 
-The rest of their cells is in the matrix.
+The rest of their cells is in the matrix. ELECTRA draws tokens, so a difference in the last bit may draw another one: in
+float32 that did not happen in these runs, and in float64, with bounds of its own, it cannot be told from chance.
 """
 
 from pathlib import Path
 
 import pytest
 
-from tests.equivalence.cells import EIGHT, OWN_KINDS, Cell
+from shardwright.model.families import FAMILIES as KNOWN
+from tests.equivalence.cells import EIGHT, FAMILIES, LAYOUTS, TWOFOLD, Cell, fits
 from tests.equivalence.matrix import Matrix
 from tests.ranks import Ranks
+
+MORE = (
+    *(Cell(shape, layout) for shape in TWOFOLD for layout in ("tensor2", "context2", "pipeline2_zbv")),
+    *(Cell("electra", layout, "fp64") for layout in ("zero3", "pipeline2_1f1b")),
+)
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +25,25 @@ def bench(ranks: Ranks, prepared: Path, tmp_path_factory: pytest.TempPathFactory
     return Matrix(ranks, prepared, tmp_path_factory.mktemp("families"))
 
 
-@pytest.mark.parametrize("layout", ["zero3", EIGHT])
-@pytest.mark.parametrize("shape", OWN_KINDS)
-def test_a_layout_changes_nothing(bench: Matrix, shape: str, layout: str) -> None:
-    verdict = bench.check(Cell(shape, layout))
-    assert not verdict.problem, verdict
+@pytest.mark.parametrize("family", FAMILIES)
+def test_zero_3(bench: Matrix, family: str) -> None:
+    assert bench.check(Cell(family, "zero3")).problem == ""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_axes(bench: Matrix, family: str) -> None:
+    assert bench.check(Cell(family, EIGHT)).problem == ""
+
+
+@pytest.mark.in_turn
+@pytest.mark.parametrize("cell", MORE, ids=lambda cell: cell.name)
+def test_other_layouts(bench: Matrix, cell: Cell) -> None:
+    assert bench.check(cell).problem == ""
+
+
+def test_no_family_is_left_out() -> None:
+    """Few layouts are refused: to ALBERT's one block, to DeBERTa's shared table, four shares of two key heads."""
+    assert FAMILIES.keys() == KNOWN.keys()
+    assert {shape for shape in FAMILIES for layout in LAYOUTS if not fits(shape, layout)} == {
+        "llama", "qwen3", "albert", "deberta", "deberta_v2",
+    }  # fmt: skip
