@@ -84,6 +84,7 @@ HUGGINGFACE = HuggingFaceMap(
     },
     ours={
         "positions": "rotary",
+        "rotary_share": 1.0,
         "norm": "rms",
         "norm_weight": True,
         "norm_placement": "pre",

@@ -56,8 +56,12 @@ def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tens
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn channel pairs (i, i + d/2) of x [B, T, H, d] by their angles, in float32 (float64 as it is); dtype of x.
 
-    The pairs are those of Hugging Face's Llama, so weights need no permutation.
+    The pairs are those of Hugging Face's Llama, so weights need no permutation. Where there are fewer angles than pairs,
+    the first channels turn, with pairs among themselves, and the others stay.
     """
+    width = 2 * cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1)
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 

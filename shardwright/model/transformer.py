@@ -52,6 +52,7 @@ class TransformerConfig(ModelConfig):
     position_offset: int = meaning(0, "Rows of the learned positions that come before the first one's", ge=0)
     positions: Literal["learned", "sinusoidal", "scaled", "rotary", "none"] = meaning("learned", "How positions enter")
     rope_theta: float = meaning(10000.0, "Base of the rotary angles", gt=0)
+    rotary_share: float = meaning(1.0, "Share of a head's channels that turn", gt=0, le=1)
     norm: Literal["layer", "rms"] = meaning("layer", "Kind of norm")
     norm_eps: float = meaning(1e-5, "Added to the variance", gt=0)
     norm_weight: bool = meaning(True, "Norms have a weight; those of queries and keys always do")
@@ -89,8 +90,8 @@ class TransformerConfig(ModelConfig):
             raise ValueError(f"heads={self.heads} does not divide width={self.width}; change one or give head_dim")
         if self.heads % self.num_kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
-        if self.positions == "rotary" and self.head_width % 2:
-            raise ValueError(f"rotary positions need an even head_dim, not {self.head_width}")
+        if self.positions == "rotary" and (self.rotary_width < 2 or self.rotary_width % 2):
+            raise ValueError(f"rotary positions need an even number of channels, not {self.rotary_width}")
         if self.positions in ("sinusoidal", "scaled") and self.token_width % 2:
             raise ValueError(f"sinusoidal positions need an even width, not {self.token_width}")
         return self
@@ -104,6 +105,11 @@ class TransformerConfig(ModelConfig):
     def head_width(self) -> int:
         """Width of one head."""
         return self.head_dim or self.width // self.heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Channels of a head that rotary positions turn."""
+        return int(self.head_width * self.rotary_share)
 
     @property
     def hidden_width(self) -> int:
@@ -360,7 +366,7 @@ class LanguageModel(nn.Module):
         mask, causal = build_mask(inputs, past, causal)
         cos, sin = None, None
         if self.config.positions == "rotary":
-            cos, sin = position.rotary(positions, self.config.head_width, self.config.rope_theta)
+            cos, sin = position.rotary(positions, self.config.rotary_width, self.config.rope_theta)
         context = Context(positions, mask, causal, cos, sin, token_types=inputs.token_types)
         if not (self.training and self.config.has_dropout):
             return context

@@ -38,3 +38,11 @@ def test_rotation_keeps_lengths_and_dtype() -> None:
     torch.testing.assert_close(rotate(x, cos, sin).norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(rotate(x, cos, sin)[:, 0], x[:, 0])
     assert rotate(x.bfloat16(), cos, sin).dtype == torch.bfloat16
+
+
+def test_some_channels_turn_and_the_others_stay() -> None:
+    x = torch.randn(2, 5, 3, 16, generator=torch.Generator().manual_seed(0))
+    cos, sin = rotary(torch.arange(5).unsqueeze(0), 4, 10000.0)
+    found = rotate(x, cos, sin)
+    torch.testing.assert_close(found[..., :4], rotate(x[..., :4], cos, sin))
+    assert torch.equal(found[..., 4:], x[..., 4:])

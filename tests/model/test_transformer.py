@@ -278,7 +278,7 @@ def test_soft_cap_and_head() -> None:
     [
         ({"width": 33}, "heads=4 does not divide width=33"),
         ({"kv_heads": 3}, "kv_heads=3 does not divide heads=4"),
-        ({"positions": "rotary", "head_dim": 5}, "even head_dim, not 5"),
+        ({"positions": "rotary", "head_dim": 5}, "even number of channels, not 5"),
         ({"positions": "sinusoidal", "width": 35, "heads": 5}, "even width, not 35"),
         ({"size": "2B"}, "size '2B': expected one of 124M"),
     ],
