@@ -56,8 +56,8 @@ def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tens
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn channel pairs (i, i + d/2) of x [B, T, H, d] by their angles, in float32 (float64 as it is); dtype of x.
 
-    The pairs are those of Hugging Face's Llama, so weights need no permutation. Where there are fewer angles than pairs,
-    the first channels turn, with pairs among themselves, and the others stay.
+    The pairs are those of Hugging Face's Llama, so weights need no permutation. Where there are fewer angles than
+    pairs, the first channels turn, with pairs among themselves, and the others stay.
     """
     width = 2 * cos.shape[-1]
     if width < x.shape[-1]:
