@@ -19,6 +19,7 @@ import torch
 from shardwright.checkpoint import find_newest
 from shardwright.checkpoint import load as load_checkpoint
 from shardwright.checkpoint.integrity import DTYPES, read_manifest
+from shardwright.train.settings import read_config
 
 STEPS = 20
 LOSS, NORM, WEIGHTS = 1e-5, 1e-4, 1e-5
@@ -179,20 +180,17 @@ def _optimizer(name: str, *settings: str) -> Setting:
 
 
 _LOSS_SCALE = ("precision.loss_scale.initial=4096.0", "precision.loss_scale.window=8")
-# The softmax does not see GPT-2's key biases: they start at 0, and their gradients are rounding and nothing else. Where
-# the optimizer or the format makes more of that than a bound, such runs do without them, so that no weight is left out.
-_SEEN = "model.qkv_bias=false"
 SETTINGS: dict[str, Setting] = {
     "plain": Setting(),
     "adam": _optimizer("adam"),
     "sgd": _optimizer("sgd", "optimizer.lr=0.1"),
-    "adafactor": _optimizer("adafactor", "optimizer.lr=0.01", _SEEN),
-    "adafactor_relative": _optimizer("adafactor", "optimizer.relative_step=true", _SEEN),
-    "lamb": _optimizer("lamb", "optimizer.lr=0.01", _SEEN),
+    "adafactor": _optimizer("adafactor", "optimizer.lr=0.01"),
+    "adafactor_relative": _optimizer("adafactor", "optimizer.relative_step=true"),
+    "lamb": _optimizer("lamb", "optimizer.lr=0.01"),
     "muon": _optimizer("muon", "optimizer.matmul=fp32"),
     # In fp16 the last rank alone spoils its gradients of one step, and every rank has to skip it.
-    "fp16": Setting(("precision.compute=fp16", *_LOSS_SCALE, _SEEN), precision="fp16"),
-    "bf16": Setting(("precision.compute=bf16", _SEEN), precision="bf16"),
+    "fp16": Setting(("precision.compute=fp16", *_LOSS_SCALE), precision="fp16"),
+    "bf16": Setting(("precision.compute=bf16",), precision="bf16"),
     "fp64": Setting(("precision.compute=fp64",), precision="fp64"),
     "dropout": Setting(("model.residual_dropout=0.1", "model.embed_dropout=0.1")),
     "recompute_full": Setting(free=("train.recompute=full",)),
@@ -448,22 +446,30 @@ def disagreement(
     evaluations = [(a, b) for a, b in zip(records, expected, strict=True) if "val_loss" in b]
     mine, theirs = weights(run), weights(oracle)
     assert mine.keys() == theirs.keys()
+    left = unseen(oracle)
+    seen = {name: tensor for name, tensor in theirs.items() if name.startswith("model.") and not name.endswith(left)}
     return {
         "loss": max(relative(a["loss"], b["loss"]) for a, b in steps),
         "norm": max(relative(a["grad_norm"], b["grad_norm"]) for a, b in steps),
-        "weights": distance(mine, theirs),
+        "weights": distance(mine, seen),
         "validation": max(relative(a["val_loss"], b["val_loss"]) for a, b in evaluations),
     }
 
 
-def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Of all weights: the larger of the greatest difference and the relative one in the 2-norm.
+def unseen(run: str | Path) -> tuple[str, ...]:
+    """Endings of the weights that the softmax does not see: key biases add one number to all scores of a query.
 
-    No relative one of single tensors: the softmax does not see key biases, so that they start at 0, have no gradient
-    but rounding, and are what Adam makes of noise.
+    So they start at 0, have no gradient but rounding, and are what Adam makes of that. Scores of rotary positions and
+    of DeBERTa's distances do see them.
     """
-    names = [name for name in expected if name.startswith("model.")]
-    differences = [(found[name].double() - expected[name].double()) for name in names]
+    model = read_config(Path(run) / "config.yaml").model
+    seen = model.positions == "rotary" or model.family.startswith("deberta")  # type: ignore[attr-defined]
+    return () if seen else (".k.bias",)
+
+
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Of all that is expected: the larger of the greatest difference and the relative one of all in the 2-norm."""
+    differences = [(found[name].double() - expected[name].double()) for name in expected]
     total = torch.stack([d.square().sum() for d in differences]).sum().sqrt()
-    size = torch.stack([expected[name].double().square().sum() for name in names]).sum().sqrt()
+    size = torch.stack([tensor.double().square().sum() for tensor in expected.values()]).sum().sqrt()
     return max(float(total / size), *(float(d.abs().max()) for d in differences))
