@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from shardwright.config import ConfigError
+from shardwright.model.families import FAMILIES
 from shardwright.parallel.context import ContextRows
 from shardwright.parallel.ring import check_device
 from tests.equivalence.cells import LOSS, NORM, WEIGHTS, config, disagreement
@@ -15,6 +16,7 @@ from tests.ranks import Ranks
 
 WORK = "tests.parallel.work_ring"
 DROPOUT = {"residual_dropout": 0.1, "embed_dropout": 0.1}
+CAUSAL = [shape for shape, fields in SHAPES.items() if FAMILIES[fields["family"]].config.causal]
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -30,7 +32,7 @@ def test_a_backward_pass_outside_is_wrong_in_torch_without_a_word(ranks: Ranks) 
         assert output < 1e-6 and gradients > 0.1
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", CAUSAL)
 @pytest.mark.parametrize("n", [2, 4])
 def test_loss_and_gradients_are_those_of_one_process(ranks: Ranks, n: int, shape: str) -> None:
     assert max(max(errors) for errors in ranks.run(n, f"{WORK}:compare", Case(shape, False, DROPOUT))) < 1e-6
