@@ -62,9 +62,16 @@ PAIRED: dict[str, dict[str, Any]] = {
     "bart": {"family": "bart", **_SMALL, "layers": 2, "decoder_layers": 3},
     "transformer": {"family": "transformer", **_SMALL, "layers": 3, "decoder_layers": 2},
 }  # fmt: skip
+#: Families that are those above but for numbers and a few parts; two layouts each.
+ALIKE: dict[str, dict[str, Any]] = {
+    "gpt3": {**_GPT2, "family": "gpt3"},
+    "qwen3": {**_LLAMA, "family": "qwen3", "head_dim": 16},
+    "bert": {"family": "bert", **_SMALL, "sentence_head": False},
+    "roberta": {"family": "roberta", **_SMALL},
+}
 _INFILL = {"name": "denoise", "damage": ["infill"]}
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(OWN_KINDS, {"name": "masked"}),
+    **dict.fromkeys((*OWN_KINDS, "bert", "roberta"), {"name": "masked"}),
     "electra": {"name": "replaced"}, "xlnet": {"name": "permuted"}, "bart": _INFILL, "transformer": _INFILL,
     # A kind whose targets are as long as the rows, so that every layout can cut them.
     "t5": {"name": "span", "kind": "mass"},
@@ -80,6 +87,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_GPT2, "tied": False, "norm_placement": "post", "embed_norm": True, "head_bias": True,
         "positions": "sinusoidal", "scale_embedding": True,
     },
+    **ALIKE,
     **OWN_KINDS,
     **TWOFOLD,
     **PAIRED,
@@ -377,6 +385,7 @@ def matrix() -> tuple[Cell, ...]:
     cells = [Cell(shape, layout) for shape in ("gpt2", "llama") for layout in LAYOUTS if layout != "one"]
     cells += [Cell(shape, layout) for shape in ("gpt2_free", "llama_tied") for layout in CORE]
     cells += [Cell(shape, layout) for shape in ("modern", "post") for layout in (*CORE[1:6], *CORE[9:10], EIGHT)]
+    cells += [Cell(shape, layout) for shape in ALIKE for layout in ("zero3", "context2", EIGHT)]
     cells += [Cell(shape, layout) for shape in OWN_KINDS for layout in (*CORE, "tensor2_context2")]
     cells += [
         Cell(shape, layout, setting)
