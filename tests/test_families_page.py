@@ -50,7 +50,7 @@ def collected() -> list[str]:
 
 
 def test_every_family_has_a_row_and_every_row_all_columns() -> None:
-    assert HEAD == ["`model.family`", *COLUMNS]
+    assert ["`model.family`", *COLUMNS] == HEAD
     assert [row[0].strip("`") for row in ROWS] == list(FAMILIES)
     assert all(len(row) == len(HEAD) and all(row) for row in ROWS)
 
