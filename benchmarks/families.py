@@ -1,9 +1,12 @@
 """Every family on real text: 300 steps in English and in Chinese, its loss beside the entropy of single tokens.
 
-A model that learned no more than how often each token comes would be as good as the unigram entropy of the validation
-tokens under the training split's frequencies: a family trains where its held-out loss a token falls well below it. Each
-run is configs/debug/<family>.yaml with `train.steps=300`, on bundled text. One line a run in runs/families/points.jsonl
-by revision, family and text, and not done again. Ends with 1 where one did not learn.
+A model that learned no more than how often each token comes would be as good as the unigram entropy: of the tokens that
+it predicts in validation, under the frequencies of those that it predicts in training. A family trains where its
+held-out loss is at most nine tenths of that. Sentinels and their like, which are easy, count for nothing: what they
+cost is charged to the text's tokens. Runs are those of configs/debug/<family>.yaml, with `SETTINGS`, on bundled text
+with a WordPiece vocabulary of its own language; the Transformer's are on pairs of sentences where the corpora folder is
+there, its language that of the targets. One line a run in runs/families/points.jsonl by revision, family and text, and
+not done again. Ends with 1 where one did not learn.
 
 Examples: python benchmarks/families.py
           python benchmarks/families.py --only 'bert/*' --steps 100
@@ -17,17 +20,29 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import ROOT, add_line, facts_table, machine, parser, publish, read_lines, say, table
 from kill import revision_of_tree
 
-TEXTS = {"english": "bundled:english", "chinese": "bundled:chinese_poems"}
 BELOW = 0.9  # of the unigram entropy: a loss above it is no learning
 PATIENCE_S = 1800.0
+COUNTED = 4096  # sequences whose targets are counted for the frequencies
+VALIDATION = 40_000  # tokens of an evaluation
+TEXTS = {"english": "bundled:english", "chinese": "bundled:chinese_poems"}
+VOCABULARY = 8192  # tokens, at most
+#: Fields of translate-en-zh that are read and predicted, by the language of the latter.
+PAIRS = {"english": ("target", "source"), "chinese": ("source", "target")}
+#: What debug configs leave out, since it needs starts of sentences and words, which the text here has.
+SENTENCES = {
+    "bert": ["model.sentence_head=true", "objective.sentence=next"],
+    "albert": ["model.sentence_head=true", "objective.sentence=order", "objective.whole_words=true"],
+    "bart": ["objective.damage=[permute,infill]"],
+}
 Line = dict[str, Any]
 
 
@@ -46,38 +61,49 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
+    from shardwright.model.families import FAMILIES
+
     p = parser(__doc__, "families.md")
     p.add_argument("--steps", type=int, default=300, help="of each run")
     p.add_argument("--only", default="*", help="pattern of family/text")
     p.add_argument("--runs", type=Path, default=ROOT / "runs" / "families", help="where runs and prepared text lie")
+    p.add_argument("--corpora", type=Path, default=ROOT.parent / "shared" / "corpora", help="folder of pairs")
     p.add_argument("--page", action="store_true", help="write the page of what was measured, and nothing else")
     options = p.parse_args()
     if options.smoke:
         options.steps, options.runs = 10, options.runs.with_name("families-smoke")
         options.out, options.only = None, "gpt2/english"
-    configs = sorted(path.stem for path in (ROOT / "configs" / "debug").glob("*.yaml"))
-    every = [f"{family}/{text}" for family in configs for text in TEXTS]
+    every = [f"{family}/{text}" for family in FAMILIES for text in TEXTS if family != "transformer" or pairs(options)]
     options.names = [name for name in every if fnmatch.fnmatch(name, options.only)]
     if not options.names:
         sys.exit(f"families: --only {options.only}: fits none of {', '.join(every)}")
     return options
 
 
+def pairs(options: argparse.Namespace) -> Path | None:
+    """The file of sentence pairs, where it is."""
+    path: Path = options.corpora / "translate-en-zh.jsonl.gz"
+    return path if path.is_file() else None
+
+
 def measure(name: str, options: argparse.Namespace) -> Line:
-    """One run to its end: validation loss a token, entropy, seconds."""
+    """One run to its end: validation loss of a token of text, entropy of these tokens, seconds."""
     family, text = name.split("/")
-    data, run = prepared(text, options.runs), options.runs / name.replace("/", "-")
+    data = prepared_pairs(text, options) if family == "transformer" else prepared(text, options.runs)
+    run = options.runs / name.replace("/", "-")
     overrides = [f"run={run}", f"data.path={data}", f"train.steps={options.steps}", "log.every=50"]
+    overrides += [f"evaluate.max_tokens={VALIDATION}", "checkpoint.every=null", *SENTENCES.get(family, [])]
     subprocess.run(["rm", "-rf", str(run)], check=True)
     begin = time.monotonic()
     shardwright("train", f"configs/debug/{family}.yaml", *overrides, log=run.with_suffix(".log"))
     seconds = time.monotonic() - begin
     last = [line for line in read_lines(run / "metrics.jsonl") if "val_loss" in line][-1]
-    losses = {key: value for key, value in last.items() if key.startswith("val_loss")}
+    losses = {key: value for key, value in last.items() if key.startswith("val_") and key.endswith("_loss")}
+    of_targets, share = baseline(run)
     # Of several terms the first is that of tokens; the total mixes kinds.
-    loss = next((value for key, value in losses.items() if key != "val_loss"), losses["val_loss"])
-    found = {"loss": loss, "losses": losses, "entropy": entropy(data), "seconds": seconds}
-    say(f"{name}: {loss:.3f} of {found['entropy']:.3f} nats a token after {options.steps} steps, {seconds:.0f} s")
+    loss = losses.get("val_masked_loss", losses["val_loss"]) / share
+    found = {"loss": loss, "losses": losses, "entropy": of_targets, "text_share": share, "seconds": seconds}
+    say(f"{name}: {loss:.3f} of {of_targets:.3f} nats a token after {options.steps} steps, {seconds:.0f} s")
     return found
 
 
@@ -99,35 +125,67 @@ def shardwright(*command: str, log: Path) -> None:
 
 @cache
 def prepared(text: str, runs: Path) -> Path:
-    """The text's shards with a WordPiece vocabulary, where sentences and words start indexed too."""
-    folder = runs / "data" / text
+    """The text's shards with a vocabulary of its own, where sentences and words start indexed too."""
+    return prepare(runs / "data" / text, TEXTS[text], "starts=true")
+
+
+def prepared_pairs(text: str, options: argparse.Namespace) -> Path:
+    """Pairs whose targets are in this language."""
+    source, target = PAIRS[text]
+    folder = options.runs / "data" / f"pairs-{text}"
+    return prepare(folder, str(pairs(options)), f"text_field={source}", f"target_field={target}")
+
+
+def prepare(folder: Path, source: str, *settings: str) -> Path:
+    """The prepared folder, made first where it is missing."""
     if not (folder / "manifest.json").is_file():
-        say(f"preparing {text}")
-        settings = ["tokenizer.train=wordpiece", "tokenizer.vocab_size=8192", "starts=true"]
-        shardwright("prepare", TEXTS[text], "--output", str(folder), *settings, log=folder.with_suffix(".log"))
+        say(f"preparing {folder.name}")
+        vocabulary = ["tokenizer.train=wordpiece", f"tokenizer.vocab_size={VOCABULARY}"]
+        shardwright("prepare", source, "--output", str(folder), *vocabulary, *settings, log=folder.with_suffix(".log"))
     return folder
 
 
-@cache
-def entropy(folder: Path) -> float:
-    """Nats a validation token under the training split's frequencies, one added to each count."""
-    import numpy as np
+# ---------------------------------------------------------------------------------------------- the baseline
 
-    from shardwright.data.manifest import Manifest
-    from shardwright.data.shards import Shard
 
-    manifest = Manifest.load(str(folder))
+def baseline(run: Path) -> tuple[float, float]:
+    """(nats of a target of the text under the frequencies of training, share of the targets that are text).
 
-    def counts(split: str) -> np.ndarray:
-        size = int(manifest.tokenizer["vocab_size"])
+    The targets are those of the run's evaluation, the very ones that its loss is of.
+    """
+    from shardwright.parallel.mesh import World
+    from shardwright.train.build import build_loader, build_validation
+    from shardwright.train.course import Course
+    from shardwright.train.settings import read_config
+
+    config, world = read_config(run / "config.yaml"), World()
+    size = config.model.vocab_size
+    special = [number for use, number in config.objective.special_tokens.items() if use != "end"]
+
+    def counts(batches: Iterator[Mapping[str, Any]]) -> np.ndarray:
         total = np.zeros(size)
-        for info in manifest.split(split).shards:
-            shard = Shard(f"{manifest.root}/{info.path}", f"{manifest.root}/{info.index}")
-            total += np.bincount(shard.tokens(0, shard.num_tokens), minlength=size)
+        for batch in batches:
+            labels, used = batch["labels"].numpy(), batch["weights"].numpy() > 0
+            total += np.bincount(labels[used], minlength=size)
         return total
 
-    train, held = counts("train") + 1, counts("validation")
-    return float(-(held * np.log(train / train.sum())).sum() / held.sum())
+    held = counts(batch for step in build_validation(config, world).batches(VALIDATION) for batch in step)
+    with build_loader(config, world, Course(config).ramp) as loader:
+        seen = counts(batch for step in until(loader.start(), COUNTED) for batch in step.micro_batches)
+    text = np.delete(held, special)
+    train = np.delete(seen, special) + 1
+    return float(-(text * np.log(train / train.sum())).sum() / text.sum()), float(text.sum() / held.sum())
+
+
+def until(steps: Any, sequences: int) -> Iterator[Any]:
+    """Steps of a loader, until they have drawn so many sequences."""
+    for step in steps:
+        yield step
+        if step.drawn + step.count >= sequences:
+            return
+
+
+# ---------------------------------------------------------------------------------------------- the page
 
 
 def newest(lines: Sequence[Line], options: argparse.Namespace) -> list[Line]:
@@ -144,16 +202,18 @@ def write_page(lines: Sequence[Line], options: argparse.Namespace) -> None:
             f"{line['loss']:.3f}",
             f"{line['entropy']:.3f}",
             f"{line['loss'] / line['entropy']:.0%}",
-            ", ".join(f"{k.removeprefix('val_loss_')} {v:.3f}" for k, v in line["losses"].items() if k != "val_loss"),
+            ", ".join(f"{k[4:-5]} {v:.3f}" for k, v in line["losses"].items() if k != "val_loss"),
             f"{line['seconds']:.0f}",
             line["revision"],
         ]
         for line in lines
     ]
     head = (
-        f"{options.steps} steps of configs/debug/<family>.yaml on bundled text, 8,192 WordPiece tokens. *Loss*: "
-        "held-out nats a predicted token (of the first term, where there are several); *entropy*: what the frequencies "
-        "of single tokens in the training split need for the validation split."
+        f"{options.steps} steps of configs/debug/<family>.yaml on bundled text, or pairs of sentences, with a "
+        f"WordPiece vocabulary of at most {VOCABULARY:,} tokens. *Loss*: held-out nats a predicted token of text (of "
+        "the first term, where there are several; what sentinels cost included); *entropy*: what those same tokens "
+        "cost by the frequencies of the tokens that training predicts. A family learns where the first is at most "
+        f"{BELOW:.0%} of the second."
     )
     header = ("family/text", "loss", "entropy", "of it", "terms", "seconds", "commit")
     parts = [head, facts_table(machine()), table(header, rows)]

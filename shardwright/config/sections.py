@@ -181,6 +181,7 @@ class ScheduleConfig(Strict):
     warmup_tokens: int | None = meaning(None, "Warm-up in tokens, in place of the fraction", ge=0)
     start: float = meaning(0.0, "First factor of the warm-up, as a share of the peak", ge=0, le=1)
     floor: float = meaning(0.1, "Last factor, as a share of the peak", ge=0, le=1)
+    end: float = meaning(1.0, "Share of the run at which cosine and linear have come to the floor", gt=0, le=1)
     decay: float = meaning(0.2, "Fraction of the run over which wsd anneals", gt=0, le=1)
     decay_shape: Literal["linear", "cosine", "sqrt"] = meaning("linear", "Shape of wsd's annealing")
 

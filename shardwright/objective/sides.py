@@ -20,6 +20,8 @@ from shardwright.objective.raw import Arrays, Raw
 from shardwright.objective.segments import number_documents, restart_positions
 from shardwright.objective.setting import Setting
 
+MULTIPLE = 8  # of a decoder's row where its length is the objective's: ranks can cut it, and matrix products like it
+
 
 class Side(NamedTuple):
     """Rows of one side."""
@@ -116,6 +118,11 @@ def without(
         [np.repeat(rows * raw, len(before)), np.repeat(at, 2), np.repeat(text.ends(), 1 + len(after))]
     )
     return text.side(spans, near[order], length)
+
+
+def fill_up(length: int) -> int:
+    """The next multiple of 8."""
+    return -(-length // MULTIPLE) * MULTIPLE
 
 
 def rest_of(text: Text, noise: Spans) -> np.ndarray:

@@ -13,7 +13,8 @@
 Each side ends with the end-of-document token, the decoder starts with padding, and <M> is the first sentinel. Where
 text follows the last span, one more sentinel ends the decoder's, as in the paper's figure 2. Shares are exact in every
 row, where T5 draws each token. `Span.raw_length` is the text that fills the encoder's row: exactly for *spans* and
-*drop*; the other kinds are never longer than the row. The decoder's row has `target_length` tokens, enough for all.
+*drop*; the other kinds are never longer than the row. The decoder's row has `target_length` tokens, enough for all and
+filled up to a multiple of 8 by padding of weight 0: T5's 114 beside 512 are 120, which 8 ranks can cut.
 Shapes: B batch, L tokens of a raw row.
 """
 
@@ -31,7 +32,7 @@ from shardwright.objective.objective import Objective
 from shardwright.objective.raw import Arrays, Empty, Raw
 from shardwright.objective.segments import counting
 from shardwright.objective.setting import Setting
-from shardwright.objective.sides import Side, Text, rest_of, two_sides, whole, without
+from shardwright.objective.sides import Side, Text, fill_up, rest_of, two_sides, whole, without
 
 Kind = Literal["prefix", "bert", "deshuffle", "mass", "replace", "drop", "spans"]
 
@@ -96,7 +97,11 @@ class Span(Objective[Raw]):
         return raw_length(self.config, length)
 
     def target_length(self, length: int) -> int:
-        """Tokens of the decoder's row beside an encoder's row of `length`."""
+        """Tokens of the decoder's row beside an encoder's row of `length`, padding included."""
+        return fill_up(self.most_targets(length))
+
+    def most_targets(self, length: int) -> int:
+        """The most that the decoder predicts of a row: T5's `random_spans_helper` has it for *spans*."""
         raw = self.stride(length)
         hidden, spans = (int(count[0]) for count in _counts(self.config, np.array([raw])))
         if self.config.kind == "prefix":

@@ -24,15 +24,15 @@ def build_schedule(config: ScheduleConfig, warmup: float | None = None) -> Sched
     """The learning-rate factor (0..1 of the peak) as a function of progress 0..1.
 
     warmup: fraction of the run that rises linearly from `config.start`; None takes `config.warmup`. After it, t the
-    share done of what is left, f the floor: cosine f + (1-f)(1+cos(pi t))/2; linear f + (1-f)(1-t);
+    share done of what is left until `config.end`, f the floor: cosine f + (1-f)(1+cos(pi t))/2; linear f + (1-f)(1-t);
     inverse_sqrt max(f, sqrt(warmup / progress)) (Vaswani et al. 2017); wsd 1, then down to f over the last
     `decay` of the run (Hu et al. 2024; shape sqrt is Hagele et al. 2024's 1 - sqrt); constant 1.
     """
     rise = config.warmup if warmup is None else warmup
     _check(config, rise)
     shapes: dict[str, Schedule] = {
-        "cosine": lambda p: _fall(_share(p, rise, 1.0), "cosine", config.floor),
-        "linear": lambda p: _fall(_share(p, rise, 1.0), "linear", config.floor),
+        "cosine": lambda p: _fall(_share(p, rise, config.end), "cosine", config.floor),
+        "linear": lambda p: _fall(_share(p, rise, config.end), "linear", config.floor),
         "wsd": lambda p: _fall(_share(p, 1.0 - config.decay, 1.0), config.decay_shape, config.floor),
         "inverse_sqrt": lambda p: max(config.floor, math.sqrt(rise / p)),
         "constant": lambda p: 1.0,
@@ -51,6 +51,10 @@ def _check(config: ScheduleConfig, rise: float) -> None:
         raise ConfigError(f"schedule.warmup: comes to {rise:.3g} of the run; expected 0 to 1, shorten it")
     if config.name == "inverse_sqrt" and rise == 0.0:
         raise ConfigError("schedule.warmup=0: inverse_sqrt is scaled by its warm-up; give one, for example 0.02")
+    if config.name in ("cosine", "linear") and config.end < 1.0 and rise >= config.end:
+        raise ConfigError(
+            f"schedule.end={config.end}: lies in the warm-up, which lasts {rise:.3g} of the run; raise it"
+        )
     if config.name == "wsd" and rise + config.decay > 1.0 + 1e-9:
         raise ConfigError(
             f"schedule.decay={config.decay}: with a warm-up of {rise:.3g} of the run it is longer than the run; "

@@ -37,6 +37,12 @@ def test_what_is_listed_for_a_config_is_what_would_start(capsys):
     assert {(4, 1, 1, 1), (2, 1, 2, 1), (1, 4, 1, 1), (1, 1, 2, 2)} <= degrees
 
 
+@pytest.mark.parametrize("layout", ["tensor=4", "tensor=8", "context=2", "context=4"])
+def test_t5_as_published_is_cut_like_any_other(layout):
+    config = read_config("t5", [f"parallel.{layout}", "model.vocab_size=32128", "model.heads=16"])
+    assert refusals(build_facts(config, 8)) == [], "its row of targets is filled up to 120"
+
+
 @pytest.mark.parametrize("engine", ["deepspeed", "accelerate"])
 def test_an_engine_is_offered_what_it_carries(engine, capsys):
     asked = [*DEBUG, f"engine={engine}", "parallel.tensor=2"]

@@ -92,12 +92,24 @@ def test_the_other_kinds_lose_nothing(data: st.DataObject, kind: str, apart: boo
 
 
 def test_the_papers_lengths() -> None:
-    """512 tokens of encoder: 568 of text and 114 of targets, as T5's `random_spans_helper` says."""
+    """512 tokens of encoder: 568 of text and 114 of targets, as T5's `random_spans_helper` says, and 6 of padding."""
     objective = build("spans", 512)
-    assert (objective.raw_length(512), objective.target_length(512)) == (568, 114)
+    assert (objective.raw_length(512), objective.most_targets(512), objective.target_length(512)) == (568, 114, 120)
     arrays = objective.corrupt(rows_of_text(50, 568))
-    assert arrays["encoder_ids"].shape == (50, 512) and arrays["labels"].shape == (50, 114)
-    assert (arrays["encoder_documents"] >= 0).all() and arrays["weights"].all()
+    assert arrays["encoder_ids"].shape == (50, 512) and arrays["labels"].shape == (50, 120)
+    assert (arrays["encoder_documents"] >= 0).all()
+    assert arrays["weights"][:, :114].all() and not arrays["weights"][:, 114:].any()
+    assert (arrays["labels"][:, 113] == END).all() and (arrays["labels"][:, 114:] == PAD).all()
+    assert (arrays["documents"] >= 0).all(), "a row of padding has something to see"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_can_cut_the_targets(kind: str) -> None:
+    """A multiple of 8, no more than 7 tokens longer than it has to be."""
+    for length in range(16, 640, 31):
+        objective = build(kind, length)
+        assert objective.target_length(length) % 8 == 0
+        assert 0 <= objective.target_length(length) - objective.most_targets(length) < 8
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,7 +164,8 @@ def test_shares_over_a_million_tokens() -> None:
             spans = (arrays["encoder_ids"] >= 1000).sum()
             assert abs(2000 * 77 / spans - 1 / (1 - 77 / 511)) < 0.02
         else:
-            assert arrays["weights"].all() and (arrays["encoder_ids"] != PAD).all()
+            targets = objective.most_targets(512)
+            assert arrays["weights"][:, :targets].all() and (arrays["encoder_ids"] != PAD).all()
 
 
 def test_prefixes_are_cut_anywhere() -> None:

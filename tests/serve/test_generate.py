@@ -43,16 +43,25 @@ def without_cache(model: LanguageModel, prompt: list[int], sampling: Sampling, c
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("fields", [{"kv_heads": 2}, {"family": "gpt2"}, {"positions": "sinusoidal", "qk_norm": True}])
+DECODERS: dict[str, dict[str, object]] = {
+    "llama": {"kv_heads": 2},
+    "gpt2": {"family": "gpt2"},
+    "gpt3": {"family": "gpt3"},
+    "qwen3": {"family": "qwen3", "kv_heads": 2, "head_dim": 16},
+    "llama-other": {"positions": "sinusoidal", "qk_norm": True},
+}
+
+
 @pytest.mark.parametrize("sampling", [Sampling(0), Sampling(1.0, 0, 1.0, 3), Sampling(0.7, 20, 0.9, 4)])
-def test_cache_equals_no_cache(fields: dict[str, str], sampling: Sampling) -> None:
+@pytest.mark.parametrize("fields", DECODERS.values(), ids=DECODERS)
+def test_cache_equals_no_cache(fields: dict[str, object], sampling: Sampling) -> None:
     model = make(**fields)
     prompt = [7, 250, 31, 8]
     found = list(stream_tokens(model, prompt, sampling, max_new_tokens=40))
     assert found == without_cache(model, prompt, sampling, 40)
 
 
-@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("family", ["t5", "bart", "transformer"])
 def test_an_encoder_decoder_reads_its_source_once(family: str) -> None:
     """As the whole model would each time, also where its cache is made anew; the prompt is the source of a text."""
     model = make(family, max_length=16)

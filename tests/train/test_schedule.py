@@ -27,6 +27,8 @@ TABLE = [
         {"name": "linear", "warmup": 0.75, "start": 0.25, "floor": 0.0},
         {0: 0.25, 0.25: 0.5, 0.5: 0.75, 0.75: 1, 0.875: 0.5, 1: 0},
     ),
+    ({"name": "linear", "warmup": 0.2, "end": 0.6, "floor": 0.0}, {0.2: 1, 0.4: 0.5, 0.6: 0, 0.8: 0, 1: 0}),
+    ({"name": "cosine", "warmup": 0.0, "end": 0.5, "floor": 0.1}, {0.25: 0.55, 0.5: 0.1, 0.75: 0.1, 1: 0.1}),
     ({"name": "inverse_sqrt", "warmup": 0.04, "floor": 0.0}, {0.02: 0.5, 0.04: 1, 0.16: 0.5, 0.64: 0.25, 1: 0.2}),
     ({"name": "inverse_sqrt", "warmup": 0.04, "floor": 0.4}, {0.16: 0.5, 0.25: 0.4, 1: 0.4}),
     ({"name": "constant", "warmup": 0.1, "floor": 0.1}, {0: 0, 0.05: 0.5, 0.1: 1, 1: 1}),
@@ -99,6 +101,7 @@ def test_rises_to_the_peak_then_never_rises_nor_leaves_its_range(name, warmup, f
     [
         ({"name": "inverse_sqrt", "warmup": 0.0}, None, "warmup=0"),
         ({"name": "wsd", "warmup": 0.3, "decay": 0.8}, None, "at most 0.7"),
+        ({"name": "cosine", "warmup": 0.3, "end": 0.3}, None, "end=0.3"),
         ({"name": "cosine"}, 1.5, "1.5 of the run"),
     ],
 )
