@@ -34,6 +34,15 @@ class ObjectiveConfig(Strict):
         return ()
 
 
+class DistillConfig(Strict):
+    """`distill`: a trained model, the teacher, whose predictions the objective's are drawn to (Hinton et al. 2015)."""
+
+    teacher: str = free(..., "Run folder, checkpoint, imported model or Hugging Face folder of the teacher")
+    sha256: str | None = meaning(None, "sha256 of the teacher's weights; filled in at the start, checked where given")
+    temperature: float = meaning(2.0, "What logits of both are divided by", gt=0)
+    weight: float = meaning(0.5, "Weight of the teacher's term; the rest is the labels'", gt=0, le=1)
+
+
 class SourceConfig(Strict):
     """One prepared folder of a mixture."""
 
@@ -303,6 +312,7 @@ class Config(Strict):
     )
     model: ModelConfig
     objective: ObjectiveConfig
+    distill: DistillConfig | None = meaning(None, "The teacher of the run; null trains by the labels alone")
     data: DataConfig = DataConfig()
     batch: BatchConfig
     train: TrainConfig

@@ -22,6 +22,7 @@ from shardwright.data.stream import Source, Stream, ValidationStream, Wanted
 from shardwright.data.tokenizers import Tokenizer, load_prepared
 from shardwright.log import get_logger, rank
 from shardwright.model.families import FAMILIES
+from shardwright.objective.distill import Distilled
 from shardwright.objective.objective import Objective
 from shardwright.objective.setting import Setting
 from shardwright.objective.table import OBJECTIVES
@@ -37,6 +38,7 @@ from shardwright.train.specials import fit_special_tokens
 from shardwright.train.stages import Stages
 from shardwright.train.step import Masters as StepMasters
 from shardwright.train.step import Step
+from shardwright.train.teacher import fit_teacher, open_teacher
 
 
 @dataclass
@@ -75,6 +77,7 @@ def fit_to_corpus(config: Config, corpus: Corpus) -> None:
     _fit_tokenizer(config, corpus.tokenizer)
     _fit_vocabulary(config, fit_special_tokens(config, corpus.tokenizer))
     check_length(config)
+    fit_teacher(config, corpus.tokenizer)
     check_validation(config, corpus)
 
 
@@ -161,7 +164,7 @@ def check_objective(config: Config) -> None:
 
 
 def build_objective(config: Config, *, evaluation: bool = False) -> Objective:
-    """The objective of a config, for training or for the validation split."""
+    """The objective of a config, for training or for the validation split; a teacher is still to be handed in."""
     data = config.data
     specials = dict(config.objective.special_tokens)
     if data.end_of_document is not None:
@@ -176,7 +179,8 @@ def build_objective(config: Config, *, evaluation: bool = False) -> Objective:
         cross_document_targets=data.cross_document_targets,
         evaluation=evaluation,
     )
-    return OBJECTIVES[config.objective.name][1](config.objective, setting)
+    objective = OBJECTIVES[config.objective.name][1](config.objective, setting)
+    return objective if config.distill is None else Distilled(objective, config.distill)
 
 
 def build_step(config: Config, world: World) -> Step:
@@ -185,6 +189,8 @@ def build_step(config: Config, world: World) -> Step:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first use
     torch.use_deterministic_algorithms(config.train.deterministic)
     objective = build_objective(config)
+    if isinstance(objective, Distilled):
+        objective.teacher = open_teacher(objective.config, config, world, objective)
     if wants_compile(config):
         objective.compile()
     if config.engine == "native":

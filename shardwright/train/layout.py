@@ -96,6 +96,7 @@ def build_facts(config: Config, size: int) -> Facts:
         compile=wants_compile(config),
         recompute=config.train.recompute,
         masked=config.data.mask_documents,
+        distilled=config.distill is not None,
         offload_activations=config.train.offload_activations,
         device=config.train.device,
         optimizer=config.optimizer.name,

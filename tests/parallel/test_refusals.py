@@ -158,6 +158,10 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"engine": "deepspeed", "data": 2, "optimizer_place": "nvme"}, "deepspeed.offload_optimizer=nvme: .*zero=3"),
         ({"engine": "deepspeed", "zero": 0, "optimizer_place": "cpu"}, "deepspeed.offload_optimizer=cpu: .*zero=1"),
     ],
+    "teacher": [
+        ({"distilled": True, "tensor": 2}, "distill: .* parallel.tensor=2 would part"),
+        ({"distilled": True, "pipeline": 2, "context": 2}, "distill: .*pipeline=2 and parallel.context=2 would part"),
+    ],
     "offload": [({"offload": True}, "parallel.offload: ")],
 }
 
@@ -191,6 +195,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"engine": "accelerate", "data": 4, "zero": 3, "precision": "bf16", "compile": True, "optimizer": "muon"},
     {"engine": "accelerate", "zero": 0, "precision": "bf16"},
     {"data": 2, "offload": True},
+    {"data": 4, "zero": 3, "distilled": True},
     {**RING, "data": 2, "tensor": 2, "zero": 3, "recompute": "selective", "offload": True, "device": "auto"},
     {"data": 2, "ring": True, "compile": True},
 ]
