@@ -43,6 +43,13 @@ class DistillConfig(Strict):
     weight: float = meaning(0.5, "Weight of the teacher's term; the rest is the labels'", gt=0, le=1)
 
 
+class QuantizeConfig(Strict):
+    """`quantize`: weights of linear layers rounded in every forward pass, for an export in this format."""
+
+    format: Literal["int8", "int4"] = meaning(..., "Whole numbers that weights are rounded to")
+    group: int | None = meaning(None, "Inputs that share a scale; null is 32 for int4, a whole row for int8", ge=1)
+
+
 class SourceConfig(Strict):
     """One prepared folder of a mixture."""
 
@@ -313,6 +320,7 @@ class Config(Strict):
     model: ModelConfig
     objective: ObjectiveConfig
     distill: DistillConfig | None = meaning(None, "The teacher of the run; null trains by the labels alone")
+    quantize: QuantizeConfig | None = meaning(None, "Quantisation-aware training; null leaves weights as they are")
     data: DataConfig = DataConfig()
     batch: BatchConfig
     train: TrainConfig

@@ -52,6 +52,7 @@ class Facts:
     micro: int
     masked: bool = True  # attention does not cross documents
     distilled: bool = False  # a teacher is asked beside the model
+    quantized: bool = False  # linear layers compute with rounded weights
     # The means.
     precision: str = "fp32"
     compile: bool = False
@@ -363,6 +364,15 @@ def _teacher(f: Facts) -> str | None:
     )
 
 
+def _quantized(f: Facts) -> str | None:
+    if not f.quantized or f.tensor == 1:
+        return None
+    return (
+        f"quantize: parallel.tensor={f.tensor} parts the rows whose groups share a scale; use parallel.tensor=1 with "
+        "data ranks, parallel.context or a pipeline"
+    )
+
+
 def _offload(f: Facts) -> str | None:
     if not f.offload or f.world > 1 or f.engine == "deepspeed":
         return None
@@ -430,6 +440,7 @@ ROWS: tuple[Row, ...] = (
     Row("deepspeed ZeRO 3 compiled", "its hooks stand inside of the blocks", _engine_compile),
     Row("deepspeed offload", "of the optimizer from ZeRO 1 on; of parameters, and to nvme, at ZeRO 3", _engine_places),
     Row("teacher", "distillation goes with data parallelism and ZeRO: a teacher is whole on every rank", _teacher),
+    Row("fake quantisation", "tensor ranks would part the groups of weights that share a scale", _quantized),
     Row("offload", "one process keeps its masters beside the model", _offload, fixed=True),
     Row("attention dropout", "its masks depend on the layout: each rank draws its own", _attention_dropout, warns=True),
     Row("settings without effect", "those of a pipeline or ring not there, of shards at ZeRO 0", _unused, warns=True),

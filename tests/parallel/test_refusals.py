@@ -162,6 +162,7 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"distilled": True, "tensor": 2}, "distill: .* parallel.tensor=2 would part"),
         ({"distilled": True, "pipeline": 2, "context": 2}, "distill: .*pipeline=2 and parallel.context=2 would part"),
     ],
+    "fake quantisation": [({"quantized": True, "tensor": 2}, "quantize: parallel.tensor=2 parts the rows")],
     "offload": [({"offload": True}, "parallel.offload: ")],
 }
 
@@ -196,6 +197,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"engine": "accelerate", "zero": 0, "precision": "bf16"},
     {"data": 2, "offload": True},
     {"data": 4, "zero": 3, "distilled": True},
+    {"data": 2, "pipeline": 2, "context": 2, "quantized": True},
     {**RING, "data": 2, "tensor": 2, "zero": 3, "recompute": "selective", "offload": True, "device": "auto"},
     {"data": 2, "ring": True, "compile": True},
 ]
