@@ -124,6 +124,9 @@ class TrainConfig(Strict):
     budget: str | None = meaning(None, "Length of the run in wall-clock time: 90s, 10m, 24h, 3d")
     seed: int = meaning(0, "Seed of weights, data order and dropout", ge=0, lt=2**63)
     clip: float | None = meaning(1.0, "Largest gradient norm; null does not clip", gt=0)
+    keep_zeros: bool = meaning(
+        False, "Weights of linear layers that are zero stay zero, as `shardwright prune` left them"
+    )
     recompute: Literal["none", "full", "selective"] | Annotated[int, Field(ge=1)] = free(
         "none", "Activation checkpointing: none, full, selective, or every n-th layer"
     )

@@ -78,6 +78,24 @@ def export(
     print(json.dumps(made.as_dict()) if as_json else f"{text}; {made.verdict.text if made.verdict else 'not checked'}")
 
 
+def prune(
+    run_folder: Annotated[Path, typer.Argument(help="Run folder, checkpoint or imported model")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder of the pruned model")],
+    sparsity: Annotated[float | None, typer.Option(help="Share of zeros in each matrix, the smallest weights")] = None,
+    pattern: Annotated[str | None, typer.Option(help="2:4, two zeros in every four neighbours of a row")] = None,
+    include: Annotated[str | None, typer.Option(help="Only weights of such names, as *.mlp.*")] = None,
+    as_json: Json = False,
+) -> None:
+    """Set weights of linear layers to zero; begin a run from it with train.keep_zeros=true, or export it."""
+    from shardwright.train.pruned import prune_model
+
+    if as_json:
+        get_logger().setLevel(logging.WARNING)
+    made = prune_model(run_folder, output, sparsity=sparsity, pattern=pattern, include=include)
+    text = f"{output}: {made.zeros / made.values:.1%} of {made.values:,} weights in {made.tensors} tensors are zero"
+    print(json.dumps(made.as_dict()) if as_json else f"{text}; train on with begin={output} train.keep_zeros=true")
+
+
 def _export_quantized(
     run_folder: Path,
     output: Path,

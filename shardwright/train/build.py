@@ -5,13 +5,14 @@ scale and guard, data order and loader.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from shardwright.adapt.prune import ZeroKeeper
 from shardwright.config import Config, ConfigError
 from shardwright.data.examples import ExampleStream, ValidationExamples
 from shardwright.data.loader import Loader
@@ -33,6 +34,7 @@ from shardwright.train.evaluate import Validation
 from shardwright.train.guard import SpikeDetector
 from shardwright.train.layout import build_masters, build_stages, product_format, wants_compile
 from shardwright.train.optim import build_optimizer
+from shardwright.train.pruned import prunable
 from shardwright.train.schedule import BatchRamp
 from shardwright.train.specials import fit_special_tokens
 from shardwright.train.stages import Stages
@@ -203,7 +205,15 @@ def build_step(config: Config, world: World) -> Step:
         config.precision.loss_scale, world.device, enabled=compute == torch.float16, dtype=master_format(compute)
     )
     spikes = SpikeDetector(config.guard, world.device)
-    return Step(stages, masters, optimizer, scaler, spikes, config.train.clip)
+    return Step(stages, masters, optimizer, scaler, spikes, config.train.clip, _build_zeros(config, masters))
+
+
+def _build_zeros(config: Config, masters: StepMasters) -> ZeroKeeper | None:
+    """What keeps zeros of linear layers, of which a rank may hold some alone; refused where an engine owns them."""
+    if not config.train.keep_zeros:
+        return None
+    parts: Mapping[str, torch.Tensor] = getattr(masters, "parts", masters.weights)
+    return ZeroKeeper(parts[name] for name in prunable(config.model) if name in parts)  # type: ignore[arg-type]
 
 
 def _build_optimizer(config: Config, stages: Stages) -> tuple[StepMasters, torch.optim.Optimizer]:

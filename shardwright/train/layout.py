@@ -100,6 +100,7 @@ def build_facts(config: Config, size: int) -> Facts:
         masked=config.data.mask_documents,
         distilled=config.distill is not None,
         quantized=config.quantize is not None,
+        keeps_zeros=config.train.keep_zeros,
         offload_activations=config.train.offload_activations,
         device=config.train.device,
         optimizer=config.optimizer.name,
