@@ -17,7 +17,7 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip -qq --disable-pip-version-check
 PINS := constraints.txt
 INSTALL_INPUTS := setup.py pyproject.toml $(PINS)
-TEST_EXTRAS := data,hf,deepspeed,accelerate,ray,dev
+TEST_EXTRAS := data,hf,export,deepspeed,accelerate,ray,dev
 
 BENCHMARKS := startup step stream objectives kill faults speedrun zero scaling watch
 

@@ -55,6 +55,7 @@ EXTRAS = {
         "tiktoken>=0.8",
     ],
     "hf": ["transformers>=5.0,<6", "huggingface_hub>=1.0", "datasets>=4.0", "peft>=0.17"],
+    "export": ["torchao>=0.18", "transformers>=5.23,<6"],  # `export --quantize`, and training for it
     "deepspeed": ["deepspeed>=0.19.8"],  # earlier ones have known wrong-gradient bugs at ZeRO stage 2
     "accelerate": ["accelerate>=1.10"],
     "ray": ["ray>=2.60"],  # earlier ones start without a token

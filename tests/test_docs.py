@@ -118,8 +118,8 @@ def reference() -> str:
             parts += ["### objective", "By its name; [Objectives](objectives.md) says what each does."]
             for name, (config, _) in OBJECTIVES.items():
                 parts += [f"#### {name}", "\n".join([HEAD, *rows(config, f"{section}.")])]
-        elif isinstance(inner, type) and issubclass(inner, Strict):
-            parts += [f"### {section}", "\n".join([HEAD, *rows(inner, f"{section}.")])]
+        elif (found := section_in(inner)) is not None:  # also where it may be null
+            parts += [f"### {section}", "\n".join([HEAD, *rows(found, f"{section}.")])]
     top = [row for row in rows(SCHEMA) if row.startswith(("| `run` ", "| `begin` ", "| `engine` "))]
     parts += ["### run, begin, engine", "\n".join([HEAD, *top])]
     parts += ["## A corpus: `shardwright prepare`", "\n".join([HEAD, *rows(PrepareConfig)])]

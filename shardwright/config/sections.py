@@ -34,6 +34,22 @@ class ObjectiveConfig(Strict):
         return ()
 
 
+class DistillConfig(Strict):
+    """`distill`: a trained model, the teacher, whose predictions the objective's are drawn to (Hinton et al. 2015)."""
+
+    teacher: str = free(..., "Run folder, checkpoint, imported model or Hugging Face folder of the teacher")
+    sha256: str | None = meaning(None, "sha256 of the teacher's weights; filled in at the start, checked where given")
+    temperature: float = meaning(2.0, "What logits of both are divided by", gt=0)
+    weight: float = meaning(0.5, "Weight of the teacher's term; the rest is the labels'", gt=0, le=1)
+
+
+class QuantizeConfig(Strict):
+    """`quantize`: weights of linear layers rounded in every forward pass, for an export in this format."""
+
+    format: Literal["int8", "int4"] = meaning(..., "Whole numbers that weights are rounded to")
+    group: int | None = meaning(None, "Inputs that share a scale; null is 32 for int4, a whole row for int8", ge=1)
+
+
 class SourceConfig(Strict):
     """One prepared folder of a mixture."""
 
@@ -108,6 +124,9 @@ class TrainConfig(Strict):
     budget: str | None = meaning(None, "Length of the run in wall-clock time: 90s, 10m, 24h, 3d")
     seed: int = meaning(0, "Seed of weights, data order and dropout", ge=0, lt=2**63)
     clip: float | None = meaning(1.0, "Largest gradient norm; null does not clip", gt=0)
+    keep_zeros: bool = meaning(
+        False, "Weights of linear layers that are zero stay zero, as `shardwright prune` left them"
+    )
     recompute: Literal["none", "full", "selective"] | Annotated[int, Field(ge=1)] = free(
         "none", "Activation checkpointing: none, full, selective, or every n-th layer"
     )
@@ -304,6 +323,8 @@ class Config(Strict):
     )
     model: ModelConfig
     objective: ObjectiveConfig
+    distill: DistillConfig | None = meaning(None, "The teacher of the run; null trains by the labels alone")
+    quantize: QuantizeConfig | None = meaning(None, "Quantisation-aware training; null leaves weights as they are")
     data: DataConfig = DataConfig()
     batch: BatchConfig
     train: TrainConfig

@@ -65,13 +65,13 @@ def _check_part(
         get_logger().warning("export: logits are not compared: %s", lacking)
         return _compare_tensors(folder, written)
     raw = json.loads((folder / MODEL_CONFIG).read_text("utf-8"))
-    name, inputs = raw["architectures"][0], _random_inputs(config, raw.get("pad_token_id"))
-    expected = _our_logits(as_they_compute(config, part), called_for(config, part), ours, written, inputs)
+    name, inputs = raw["architectures"][0], random_inputs(config, raw.get("pad_token_id"))
+    expected = our_logits(as_they_compute(config, part), called_for(config, part), ours, written.dtype, inputs)
     try:
-        found = _their_logits(folder, name, inputs, list(expected))
+        found = their_logits(folder, name, inputs, list(expected))
     except Exception as error:  # whatever transformers makes of files that it cannot read
         return Verdict(False, f"{name} of transformers cannot open it: {' '.join(str(error).split())[:300]}")
-    differences = [_difference(found[head], expected[head]) for head in expected]
+    differences = [relative(found[head], expected[head]) for head in expected]
     passed = all(one <= BOUND for one in differences)  # so that nan fails
     difference = max(differences) if passed else next(one for one in differences if not one <= BOUND)
     what = f"logits of transformers' {name} differ by {difference:.1e} of the largest from ours"
@@ -90,7 +90,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
     import transformers
 
     try:
-        with _quiet():
+        with quiet():
             theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             same = theirs(SAMPLE, add_special_tokens=False)["input_ids"] == tokenizer.encode(SAMPLE).tolist()
     except Exception as error:  # whatever transformers makes of a file that it cannot read
@@ -124,13 +124,13 @@ def _compare_tensors(folder: Path, written: Exported) -> Verdict:
     return Verdict(True, f"all {len(files)} tensors read back")
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def relative(found: Tensor, expected: Tensor) -> float:
     """The largest, relative to the largest value; nan where there is one."""
     largest = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)  # an untrained head may give zeros
     return float((found - expected).abs().max() / largest)
 
 
-def _random_inputs(config: TransformerConfig, padding: int | None) -> dict[str, Tensor]:
+def random_inputs(config: TransformerConfig, padding: int | None) -> dict[str, Tensor]:
     """Tokens but for padding, which some of theirs do not number; two segments where the model tells them apart."""
     generator = torch.Generator().manual_seed(0)
     shape = (ROWS, min(LENGTH, config.max_length))
@@ -142,12 +142,15 @@ def _random_inputs(config: TransformerConfig, padding: int | None) -> dict[str, 
 
 
 @torch.no_grad()
-def _our_logits(
-    config: TransformerConfig, method: str, ours: Mapping[str, Tensor], written: Exported, inputs: dict[str, Tensor]
+def our_logits(
+    config: TransformerConfig,
+    method: str,
+    ours: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    inputs: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """By head, in float32, from weights that are rounded as the files' are; the model is gone afterwards."""
+    """By head, in float32, from weights that are rounded to `dtype` as the files' are; the model is gone afterwards."""
     model = build_model(config).eval()
-    dtype = written.dtype
     for name, parameter in model.named_parameters():
         parameter.copy_(ours[name].to(dtype) if dtype is not None else ours[name])
     answer = getattr(model, method)(**_taken(model, inputs))
@@ -155,12 +158,14 @@ def _our_logits(
 
 
 @torch.no_grad()
-def _their_logits(folder: Path, name: str, inputs: dict[str, Tensor], heads: list[str]) -> dict[str, Tensor]:
-    """Of these heads; where a model has several, that of tokens has another name."""
+def their_logits(
+    folder: Path, name: str, inputs: dict[str, Tensor], heads: list[str], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Of these heads, computed in `dtype`; where a model has several, that of tokens has another name."""
     import transformers
 
-    with _quiet():
-        model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    with quiet():
+        model = getattr(transformers, name).from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     answer = model(**_taken(model, inputs))
     return {head: answer[head if head in answer else f"prediction_{head}"] for head in heads}
 
@@ -173,7 +178,7 @@ def _taken(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers without its bars and its advice, for a while."""
     from transformers.utils import logging
 

@@ -60,6 +60,7 @@ FEATURES = (
     Feature("SentencePiece tokenizers", ("sentencepiece",), "data"),
     Feature("tiktoken tokenizers", ("tiktoken",), "data"),
     Feature("Hugging Face datasets and models", ("transformers", "datasets"), "hf"),
+    Feature("exports in 8 and 4 bits", ("torchao", "transformers"), "export"),
     Feature("DeepSpeed", ("deepspeed",), "deepspeed"),
     Feature("Accelerate", ("accelerate",), "accelerate"),
     Feature("shards on S3", ("s3fs",), "s3"),

@@ -24,7 +24,7 @@ from shardwright import __version__
 from shardwright.config import ConfigError, RunError, apply_override
 from shardwright.launcher.arguments import ConfigName, Json, Overrides
 from shardwright.launcher.early import leaving_at_once, settle
-from shardwright.launcher.exchange import export, import_
+from shardwright.launcher.exchange import export, import_, prune
 from shardwright.launcher.leash import on_leash
 from shardwright.launcher.network import choose_interface
 from shardwright.launcher.ways import launch
@@ -138,6 +138,7 @@ app.command(epilog="Example: shardwright launch --nproc 4 configs/english.yaml p
 
 app.command(name="import", epilog="Example: shardwright import openai-community/gpt2 --output models/gpt2")(import_)
 app.command(epilog="Example: shardwright export runs/english --output english-hf --dtype bf16")(export)
+app.command(epilog="Example: shardwright prune runs/english --output models/sparse --pattern 2:4")(prune)
 
 
 @app.command(name="eval", epilog="Example: shardwright eval runs/english")

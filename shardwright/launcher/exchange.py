@@ -59,6 +59,8 @@ def export(
     dtype: Format = None,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of one file: 5GB, 500MB")] = "5GB",
     check: Annotated[bool, typer.Option("--check/--no-check", help="Open it again and compare logits")] = True,
+    quantize: Annotated[str | None, typer.Option(help="int8 or int4: weights of linear layers, by torchao")] = None,
+    group: Annotated[int | None, typer.Option(min=1, help="With --quantize: inputs that share a scale")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a model as a Hugging Face folder, and prove that it is the same model."""
@@ -66,7 +68,50 @@ def export(
 
     if as_json:
         get_logger().setLevel(logging.WARNING)
+    if quantize is not None:
+        return _export_quantized(run_folder, output, quantize, group, dtype, max_shard_size, check, as_json)
+    if group is not None:
+        raise ConfigError("--group: goes with --quantize")
     made = export_model(run_folder, output, dtype=dtype, shard=max_shard_size, check=check)
     count = f"{made.files} file{'s' * (made.files > 1)}"
     text = f"{output}: {made.tensors} tensors, {quantity(made.bytes, ' ')}B in {count}"
+    print(json.dumps(made.as_dict()) if as_json else f"{text}; {made.verdict.text if made.verdict else 'not checked'}")
+
+
+def prune(
+    run_folder: Annotated[Path, typer.Argument(help="Run folder, checkpoint or imported model")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder of the pruned model")],
+    sparsity: Annotated[float | None, typer.Option(help="Share of zeros in each matrix, the smallest weights")] = None,
+    pattern: Annotated[str | None, typer.Option(help="2:4, two zeros in every four neighbours of a row")] = None,
+    include: Annotated[str | None, typer.Option(help="Only weights of such names, as *.mlp.*")] = None,
+    as_json: Json = False,
+) -> None:
+    """Set weights of linear layers to zero; begin a run from it with train.keep_zeros=true, or export it."""
+    from shardwright.train.pruned import prune_model
+
+    if as_json:
+        get_logger().setLevel(logging.WARNING)
+    made = prune_model(run_folder, output, sparsity=sparsity, pattern=pattern, include=include)
+    text = f"{output}: {made.zeros / made.values:.1%} of {made.values:,} weights in {made.tensors} tensors are zero"
+    print(json.dumps(made.as_dict()) if as_json else f"{text}; train on with begin={output} train.keep_zeros=true")
+
+
+def _export_quantized(
+    run_folder: Path,
+    output: Path,
+    quantize: str,
+    group: int | None,
+    dtype: str | None,
+    shard: str,
+    check: bool,
+    as_json: bool,
+) -> None:
+    from shardwright.train.quantized import export_quantized
+
+    made = export_quantized(run_folder, output, quantize, group=group, dtype=dtype, shard=shard, check=check)
+    sizes = f"{quantity(made.bytes_before, ' ')}B become {quantity(made.bytes, ' ')}B"
+    text = (
+        f"{output}: {made.quantized} of {made.tensors} tensors in {quantize}, {sizes}; on random tokens logits move by "
+        f"{made.difference:.2g} of the largest, KL {made.divergence:.2g} nats a token"
+    )
     print(json.dumps(made.as_dict()) if as_json else f"{text}; {made.verdict.text if made.verdict else 'not checked'}")

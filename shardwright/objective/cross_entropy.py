@@ -56,7 +56,7 @@ def loss_and_gradient(
 
     `smoothing`: share of the target that is spread over the vocabulary evenly (Szegedy et al. 2016).
     """
-    wide = _capped(logits, softcap)
+    wide = capped(logits, softcap)
     top = wide.amax(-1, keepdim=True)
     powers = (wide - top).exp()
     total = powers.sum(-1, keepdim=True)
@@ -77,7 +77,7 @@ def _smoothed(target: Tensor, smoothing: float, vocabulary: int | Tensor) -> Ten
     return (1 - smoothing) * target + smoothing / vocabulary if smoothing else target
 
 
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
     """In float32, or in float64 where they are."""
     wide = logits.to(wide_format(logits))
     return wide if softcap is None else softcap * torch.tanh(wide / softcap)
@@ -87,7 +87,7 @@ def part_top(logits: Tensor, softcap: float | None) -> Tensor:
     """The largest logit [n] held here, -inf where none is."""
     if logits.shape[-1] == 0:
         return torch.full(logits.shape[:-1], float("-inf"), dtype=wide_format(logits), device=logits.device)
-    return _capped(logits, softcap).amax(-1)
+    return capped(logits, softcap).amax(-1)
 
 
 def part_sums(logits: Tensor, places: Tensor, top: Tensor, softcap: float | None, smoothing: float = 0.0) -> Tensor:
@@ -95,7 +95,7 @@ def part_sums(logits: Tensor, places: Tensor, top: Tensor, softcap: float | None
 
     With smoothing [4, n]: the sum of the logits too, and how many they are.
     """
-    wide = _capped(logits, softcap)
+    wide = capped(logits, softcap)
     total = (wide - top.unsqueeze(-1)).exp().sum(-1)
     sums = [total, torch.where(_target(logits, places), wide, 0.0).sum(-1)]
     if smoothing:
@@ -117,7 +117,7 @@ def part_loss_and_gradient(
 
     `top` [n] and `sums` [2 or 4, n] are of all holders.
     """
-    wide = _capped(logits, softcap)
+    wide = capped(logits, softcap)
     total, picked = sums[0], sums[1]
     wanted = _target(logits, places).float()
     if smoothing:
@@ -190,19 +190,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss, dlogits = kernel.run(logits, labels[part], weights[part], scale, head, smoothing)
             total += loss
             torch.mm(dlogits, weight, out=hidden_grad[part])
-            _accumulate(head_grads, dlogits, hidden[part], bias)
+            accumulate(head_grads, dlogits, hidden[part], bias)
         ctx.save_for_backward(scale, hidden_grad, *head_grads)
         return total
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         scale, *grads = ctx.saved_tensors
-        rest = outer[0] / scale  # 1 where the scale was the right one
+        rest = left_over(outer[0], scale)
         hidden_grad, weight_grad, *bias_grad = (g * rest for g in grads)
         return (hidden_grad, weight_grad, bias_grad[0] if bias_grad else None, *[None] * 7)
 
 
-def _accumulate(grads: list[Tensor], dlogits: Tensor, hidden: Tensor, bias: Tensor | None) -> None:
+def left_over(outer: Tensor, scale: Tensor) -> Tensor:
+    """What gradients that were taken for `scale` are still to be multiplied by: 1 where that was the right one.
+
+    A term of weight 0 has a scale of 0, and its gradients are 0 already.
+    """
+    return outer / torch.where(scale == 0, 1, scale)
+
+
+def accumulate(grads: list[Tensor], dlogits: Tensor, hidden: Tensor, bias: Tensor | None) -> None:
     """Add a chunk's gradients of weight [V, D] and bias [V]; several chunks add up in float32 or float64."""
     wide = wide_format(hidden)
     parts = [_transposed_product(dlogits, hidden)] + ([dlogits.to(wide).sum(0)] if bias is not None else [])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from shardwright.config import ObjectiveConfig
 from shardwright.objective.cross_entropy import KERNEL, Kernel
-from shardwright.objective.heads import Heads, vocabulary_loss
+from shardwright.objective.heads import Heads, at_places, vocabulary_loss
 from shardwright.objective.raw import Arrays, Empty
 from shardwright.objective.setting import Setting
 
@@ -76,6 +76,10 @@ class Objective(ABC, Generic[Given]):
         """Denominator of each term in this micro-batch: the sum of its weights."""
         main, *others = self.terms
         return {main: batch["weights"].sum(), **{term: batch[f"{term}_weights"].sum() for term in others}}
+
+    def predicting(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Of hidden states [B,T,D] those that the first term's labels are predicted from, [B,T,D] or [B,P,D]."""
+        return at_places(hidden, batch.get("places"))
 
     def loss(
         self, hidden: Tensor, heads: Heads, batch: Mapping[str, Tensor], scales: Mapping[str, Tensor] | None = None

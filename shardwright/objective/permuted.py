@@ -96,9 +96,13 @@ class Permuted(Objective[Raw]):
         np.add.at(edges, (rows, (starts + sizes)[rows, number]), -1)
         return np.cumsum(edges, axis=1)[:, :length] > 0
 
+    def predicting(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """See the base class; the query stream's hidden states, which may be filled up, are of these places alone."""
+        return hidden[:, : batch["labels"].shape[1]]
+
     def loss(
         self, hidden: Tensor, heads: Heads, batch: Mapping[str, Tensor], scales: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """See the base class; hidden [B,P or more,D] is the query stream's, which has the predicted places alone."""
         own = {name: x for name, x in batch.items() if name != "places"}
-        return super().loss(hidden[:, : batch["labels"].shape[1]], heads, own, scales)
+        return super().loss(self.predicting(hidden, batch), heads, own, scales)

@@ -51,6 +51,9 @@ class Facts:
     batches: tuple[int, ...]
     micro: int
     masked: bool = True  # attention does not cross documents
+    distilled: bool = False  # a teacher is asked beside the model
+    quantized: bool = False  # linear layers compute with rounded weights
+    keeps_zeros: bool = False  # of pruned weights
     # The means.
     precision: str = "fp32"
     compile: bool = False
@@ -351,6 +354,32 @@ def _engine_places(f: Facts) -> str | None:
     return None
 
 
+def _teacher(f: Facts) -> str | None:
+    degrees = {"tensor": f.tensor, "pipeline": f.pipeline, "context": f.context}
+    asked = [f"parallel.{axis}={degree}" for axis, degree in degrees.items() if degree > 1]
+    if not f.distilled or not asked:
+        return None
+    return (
+        f"distill: every rank asks a whole teacher of whole sequences, which {' and '.join(asked)} would part; use "
+        "data ranks with parallel.zero"
+    )
+
+
+def _quantized(f: Facts) -> str | None:
+    if not f.quantized or f.tensor == 1:
+        return None
+    return (
+        f"quantize: parallel.tensor={f.tensor} parts the rows whose groups share a scale; use parallel.tensor=1 with "
+        "data ranks, parallel.context or a pipeline"
+    )
+
+
+def _keeps_zeros(f: Facts) -> str | None:
+    if not f.keeps_zeros or f.engine == "native":
+        return None
+    return f"train.keep_zeros: engine={f.engine} owns the weights and their update; use engine=native"
+
+
 def _offload(f: Facts) -> str | None:
     if not f.offload or f.world > 1 or f.engine == "deepspeed":
         return None
@@ -417,6 +446,9 @@ ROWS: tuple[Row, ...] = (
     Row("engine's shards", "over all data ranks", _engine_shard),
     Row("deepspeed ZeRO 3 compiled", "its hooks stand inside of the blocks", _engine_compile),
     Row("deepspeed offload", "of the optimizer from ZeRO 1 on; of parameters, and to nvme, at ZeRO 3", _engine_places),
+    Row("teacher", "distillation goes with data parallelism and ZeRO: a teacher is whole on every rank", _teacher),
+    Row("fake quantisation", "tensor ranks would part the groups of weights that share a scale", _quantized),
+    Row("kept zeros", "engines own the weights and their update", _keeps_zeros, fixed=True),
     Row("offload", "one process keeps its masters beside the model", _offload, fixed=True),
     Row("attention dropout", "its masks depend on the layout: each rank draws its own", _attention_dropout, warns=True),
     Row("settings without effect", "those of a pipeline or ring not there, of shards at ZeRO 0", _unused, warns=True),

@@ -62,6 +62,10 @@ def check_begin(config: Config, tokenizer: Tokenizer) -> None:
     A run that has a checkpoint needs it no more.
     """
     if config.begin is None:
+        if config.train.keep_zeros:
+            raise ConfigError(
+                "train.keep_zeros: there are none to keep in first weights; begin=FOLDER names pruned ones"
+            )
         return
     given, config.begin = Path(config.begin), str(Path(config.begin).resolve())
     if find_newest(Path(config.run or "") / CHECKPOINTS)[0] is not None:

@@ -5,13 +5,14 @@ scale and guard, data order and loader.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from shardwright.adapt.prune import ZeroKeeper
 from shardwright.config import Config, ConfigError
 from shardwright.data.examples import ExampleStream, ValidationExamples
 from shardwright.data.loader import Loader
@@ -22,6 +23,7 @@ from shardwright.data.stream import Source, Stream, ValidationStream, Wanted
 from shardwright.data.tokenizers import Tokenizer, load_prepared
 from shardwright.log import get_logger, rank
 from shardwright.model.families import FAMILIES
+from shardwright.objective.distill import Distilled
 from shardwright.objective.objective import Objective
 from shardwright.objective.setting import Setting
 from shardwright.objective.table import OBJECTIVES
@@ -32,11 +34,13 @@ from shardwright.train.evaluate import Validation
 from shardwright.train.guard import SpikeDetector
 from shardwright.train.layout import build_masters, build_stages, product_format, wants_compile
 from shardwright.train.optim import build_optimizer
+from shardwright.train.pruned import prunable
 from shardwright.train.schedule import BatchRamp
 from shardwright.train.specials import fit_special_tokens
 from shardwright.train.stages import Stages
 from shardwright.train.step import Masters as StepMasters
 from shardwright.train.step import Step
+from shardwright.train.teacher import fit_teacher, open_teacher
 
 
 @dataclass
@@ -75,6 +79,7 @@ def fit_to_corpus(config: Config, corpus: Corpus) -> None:
     _fit_tokenizer(config, corpus.tokenizer)
     _fit_vocabulary(config, fit_special_tokens(config, corpus.tokenizer))
     check_length(config)
+    fit_teacher(config, corpus.tokenizer)
     check_validation(config, corpus)
 
 
@@ -161,7 +166,7 @@ def check_objective(config: Config) -> None:
 
 
 def build_objective(config: Config, *, evaluation: bool = False) -> Objective:
-    """The objective of a config, for training or for the validation split."""
+    """The objective of a config, for training or for the validation split; a teacher is still to be handed in."""
     data = config.data
     specials = dict(config.objective.special_tokens)
     if data.end_of_document is not None:
@@ -176,7 +181,8 @@ def build_objective(config: Config, *, evaluation: bool = False) -> Objective:
         cross_document_targets=data.cross_document_targets,
         evaluation=evaluation,
     )
-    return OBJECTIVES[config.objective.name][1](config.objective, setting)
+    objective = OBJECTIVES[config.objective.name][1](config.objective, setting)
+    return objective if config.distill is None else Distilled(objective, config.distill)
 
 
 def build_step(config: Config, world: World) -> Step:
@@ -185,6 +191,8 @@ def build_step(config: Config, world: World) -> Step:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first use
     torch.use_deterministic_algorithms(config.train.deterministic)
     objective = build_objective(config)
+    if isinstance(objective, Distilled):
+        objective.teacher = open_teacher(objective.config, config, world, objective)
     if wants_compile(config):
         objective.compile()
     if config.engine == "native":
@@ -197,7 +205,15 @@ def build_step(config: Config, world: World) -> Step:
         config.precision.loss_scale, world.device, enabled=compute == torch.float16, dtype=master_format(compute)
     )
     spikes = SpikeDetector(config.guard, world.device)
-    return Step(stages, masters, optimizer, scaler, spikes, config.train.clip)
+    return Step(stages, masters, optimizer, scaler, spikes, config.train.clip, _build_zeros(config, masters))
+
+
+def _build_zeros(config: Config, masters: StepMasters) -> ZeroKeeper | None:
+    """What keeps zeros of linear layers, of which a rank may hold some alone; refused where an engine owns them."""
+    if not config.train.keep_zeros:
+        return None
+    parts: Mapping[str, torch.Tensor] = getattr(masters, "parts", masters.weights)
+    return ZeroKeeper(parts[name] for name in prunable(config.model) if name in parts)  # type: ignore[arg-type]
 
 
 def _build_optimizer(config: Config, stages: Stages) -> tuple[StepMasters, torch.optim.Optimizer]:

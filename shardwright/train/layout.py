@@ -1,8 +1,9 @@
 """The modules that one rank computes, wrapped for its layout in the one fixed order.
 
-1. the stage's layers, on the meta device  2. tensor plan  3. context core  4. selective recomputation  5. compile of
-each block  6. full recomputation  7. activation offload  8. FSDP over blocks, then stage  9. memory  10. first weights,
-each a function of (seed, its name) alone. In one process, 1, 4 to 7 and 10 are what is left.
+1. the stage's layers, on the meta device  2. tensor plan  3. context core  4. fake quantisation, then selective
+recomputation  5. compile of each block  6. full recomputation  7. activation offload  8. FSDP over blocks, then stage
+9. memory  10. first weights, each a function of (seed, its name) alone. In one process, 1, 4 to 7 and 10 are what is
+left.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from shardwright.adapt.quantize import apply_fake_quantization
 from shardwright.config import Config
 from shardwright.model.count import block_flops, head_flops
 from shardwright.model.electra import ElectraConfig
@@ -96,6 +98,9 @@ def build_facts(config: Config, size: int) -> Facts:
         compile=wants_compile(config),
         recompute=config.train.recompute,
         masked=config.data.mask_documents,
+        distilled=config.distill is not None,
+        quantized=config.quantize is not None,
+        keeps_zeros=config.train.keep_zeros,
         offload_activations=config.train.offload_activations,
         device=config.train.device,
         optimizer=config.optimizer.name,
@@ -298,8 +303,10 @@ def blocks_of(model: LanguageModel) -> list[nn.Module]:
 
 
 def apply_blocks(model: LanguageModel, config: Config, world: World) -> None:
-    """Recomputation, compilation and offload of every block, in their order."""
+    """Fake quantisation, recomputation, compilation and offload of every block, in their order."""
     blocks = blocks_of(model)
+    if config.quantize is not None:
+        apply_fake_quantization(blocks, config.quantize.format, config.quantize.group)
     norms, compiled = config.train.fused_norms, wants_compile(config)
     if (norms == "apex" or not compiled) and wants_apex("train.fused_norms", norms, world.device):
         apply_fused_norms(model.modules())

@@ -24,6 +24,7 @@ def evaluate_run(path: str | Path, data: str | None = None) -> dict[str, float]:
     """
     loaded = load(path)
     config = loaded.config
+    config.distill = None  # the figures are the model's own, whoever taught it
     if data is not None:
         config.data = config.data.model_copy(update={"path": data, "sources": [], "corpus": []})
     if not config.data.mixture():

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from shardwright.adapt.prune import ZeroKeeper
 from shardwright.parallel.logical import Logical
 from shardwright.parallel.precision import LossScaler
 from shardwright.train.guard import SpikeDetector
@@ -87,9 +88,10 @@ class Step:
         scaler: LossScaler,
         spikes: SpikeDetector,
         clip: float | None,
+        zeros: ZeroKeeper | None = None,
     ) -> None:
         self.stages, self.masters, self.optimizer = stages, masters, optimizer
-        self.scaler, self.spikes, self.clip = scaler, spikes, clip
+        self.scaler, self.spikes, self.clip, self.zeros = scaler, spikes, clip, zeros
         self._loss = torch.zeros(())
 
     def accumulate(self, batches: Sequence[Batch], number: Tensor) -> None:
@@ -115,6 +117,8 @@ class Step:
         Returns float32 [7] on the device, for `Outcome.read`; `stop` is set there if any rank asked for it.
         """
         scale = self.scaler.scale
+        if self.zeros is not None:
+            self.zeros.note()
         square = self.masters.grad_square(scale)
         asked = torch.full_like(square, float(stop))
         world = self.stages.world
@@ -127,6 +131,8 @@ class Step:
         self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         set_factor(self.optimizer, factor)
         self.optimizer.step()
+        if self.zeros is not None:
+            self.zeros.apply()
         self.masters.publish()
         self.scaler.update(overflow)
         return torch.stack([loss, norm, skipped.float(), overflow.float(), spike.float(), scale, total[2]])

@@ -158,6 +158,14 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"engine": "deepspeed", "data": 2, "optimizer_place": "nvme"}, "deepspeed.offload_optimizer=nvme: .*zero=3"),
         ({"engine": "deepspeed", "zero": 0, "optimizer_place": "cpu"}, "deepspeed.offload_optimizer=cpu: .*zero=1"),
     ],
+    "teacher": [
+        ({"distilled": True, "tensor": 2}, "distill: .* parallel.tensor=2 would part"),
+        ({"distilled": True, "pipeline": 2, "context": 2}, "distill: .*pipeline=2 and parallel.context=2 would part"),
+    ],
+    "fake quantisation": [({"quantized": True, "tensor": 2}, "quantize: parallel.tensor=2 parts the rows")],
+    "kept zeros": [
+        ({"keeps_zeros": True, "engine": "deepspeed", "data": 2}, "train.keep_zeros: engine=deepspeed owns")
+    ],
     "offload": [({"offload": True}, "parallel.offload: ")],
 }
 
@@ -191,6 +199,8 @@ ACCEPTED: list[dict[str, Any]] = [
     {"engine": "accelerate", "data": 4, "zero": 3, "precision": "bf16", "compile": True, "optimizer": "muon"},
     {"engine": "accelerate", "zero": 0, "precision": "bf16"},
     {"data": 2, "offload": True},
+    {"data": 4, "zero": 3, "distilled": True},
+    {"data": 2, "pipeline": 2, "context": 2, "quantized": True},
     {**RING, "data": 2, "tensor": 2, "zero": 3, "recompute": "selective", "offload": True, "device": "auto"},
     {"data": 2, "ring": True, "compile": True},
 ]
@@ -285,6 +295,7 @@ def test_where_nothing_fits_it_is_said() -> None:
         {"engine": "accelerate", "precision": "fp64"},
         {"engine": "deepspeed", "precision": "fp16"},
         {"engine": "deepspeed", "optimizer": "lamb"},
+        {"engine": "accelerate", "keeps_zeros": True},
     ],
     ids=str,
 )
