@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from shardwright.config.adapt import AdaptConfig
 from shardwright.config.fields import ConfigError, Strict, free, meaning, parse_duration
 
 
@@ -303,6 +304,7 @@ class Config(Strict):
     )
     model: ModelConfig
     objective: ObjectiveConfig
+    adapt: AdaptConfig = AdaptConfig()
     data: DataConfig = DataConfig()
     batch: BatchConfig
     train: TrainConfig

@@ -30,7 +30,7 @@ from shardwright.parallel.precision import FORMATS, LossScaler, Masters, master_
 from shardwright.train.engines import build_engine
 from shardwright.train.evaluate import Validation
 from shardwright.train.guard import SpikeDetector
-from shardwright.train.layout import build_masters, build_stages, product_format, wants_compile
+from shardwright.train.layout import build_masters, build_stages, product_format, trained_of, wants_compile
 from shardwright.train.optim import build_optimizer
 from shardwright.train.schedule import BatchRamp
 from shardwright.train.specials import fit_special_tokens
@@ -75,6 +75,7 @@ def fit_to_corpus(config: Config, corpus: Corpus) -> None:
     _fit_tokenizer(config, corpus.tokenizer)
     _fit_vocabulary(config, fit_special_tokens(config, corpus.tokenizer))
     check_length(config)
+    check_adapter(config)
     check_validation(config, corpus)
 
 
@@ -148,6 +149,16 @@ def check_length(config: Config) -> None:
         )
 
 
+def check_adapter(config: Config) -> None:
+    """ConfigError where the adapter does not go with the model, or nothing of it is trained."""
+    trained_of(config)
+    if config.adapt.method != "none" and config.begin is None and rank() == 0:
+        get_logger().warning(
+            "adapt.method=%s: the model beneath it is a random one; name trained weights with begin=FOLDER",
+            config.adapt.method,
+        )
+
+
 def check_objective(config: Config) -> None:
     """ConfigError where the objective cannot train such a model."""
     family, name = config.model.family, config.objective.name
@@ -205,7 +216,7 @@ def _build_optimizer(config: Config, stages: Stages) -> tuple[StepMasters, torch
     products = product_format(config)
     if stages.world.mesh is None:
         masters = Masters(stages.models[0].model, compute)
-        return masters, build_optimizer(config.optimizer, list(masters.weights.items()), matmul_dtype=products)
+        return masters, build_optimizer(config.optimizer, list(masters.parts.items()), matmul_dtype=products)
     sharded = build_masters(config, stages)
     named = list(sharded.parts.items())
     return sharded, build_optimizer(config.optimizer, named, logical=sharded.logical, matmul_dtype=products)

@@ -1,0 +1,15 @@
+"""Fine-tuning a part of a model: frozen parameters, LoRA, and virtual tokens in three kinds.
+
+    freeze.py  which parameters are trained      prompt.py  virtual tokens before a row: prompt tuning and p-tuning
+    lora.py    low-rank additions to matrices    prefix.py  virtual keys and values in every block
+    build.py   a config's adapter put into a model, and what its parameters begin with
+
+Stands on config and model. A module is exchanged for one of the same name that keeps its parameters, so that the names
+of the model's own tensors stay as they are; an adapter's stand beside them. The files that peft knows are interop's
+matter (interop/peft.py).
+"""
+
+from shardwright.adapt.build import adapter_names, apply_adapter, first_value, num_adapter, trained_names
+from shardwright.adapt.freeze import apply_freeze
+
+__all__ = ["adapter_names", "apply_adapter", "apply_freeze", "first_value", "num_adapter", "trained_names"]
