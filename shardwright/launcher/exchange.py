@@ -59,6 +59,7 @@ def export(
     dtype: Format = None,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of one file: 5GB, 500MB")] = "5GB",
     check: Annotated[bool, typer.Option("--check/--no-check", help="Open it again and compare logits")] = True,
+    merge: Annotated[bool, typer.Option("--merge", help="Put a run's adapter into the matrices beneath it")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a model as a Hugging Face folder, and prove that it is the same model."""
@@ -66,7 +67,7 @@ def export(
 
     if as_json:
         get_logger().setLevel(logging.WARNING)
-    made = export_model(run_folder, output, dtype=dtype, shard=max_shard_size, check=check)
+    made = export_model(run_folder, output, dtype=dtype, shard=max_shard_size, check=check, merge=merge)
     count = f"{made.files} file{'s' * (made.files > 1)}"
     text = f"{output}: {made.tensors} tensors, {quantity(made.bytes, ' ')}B in {count}"
     print(json.dumps(made.as_dict()) if as_json else f"{text}; {made.verdict.text if made.verdict else 'not checked'}")

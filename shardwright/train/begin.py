@@ -69,7 +69,13 @@ def check_begin(config: Config, tokenizer: Tokenizer) -> None:
     if is_huggingface(given) and not (given / CONFIG).is_file():
         raise ConfigError(f"begin={given}: is a Hugging Face folder; first: shardwright import {given} --output FOLDER")
     folder, _ = locate(given)
-    known = read_config(folder / CONFIG).data.tokenizer
+    there = read_config(folder / CONFIG)
+    if there.adapt.method not in ("none", config.adapt.method):
+        raise ConfigError(
+            f"begin={given}: has an adapter of its own (adapt.method={there.adapt.method}); go on with that method, or "
+            f"take it in first: shardwright export {given} --merge, then shardwright import"
+        )
+    known = there.data.tokenizer
     if known not in (None, tokenizer.sha256):
         raise ConfigError(
             f"begin={given}: its model reads tokenizer {known[:12]}..., the corpus was prepared with "

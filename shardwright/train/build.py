@@ -20,6 +20,7 @@ from shardwright.data.order import Plan
 from shardwright.data.remote import ShardCache, default_cache_folder, is_remote
 from shardwright.data.stream import Source, Stream, ValidationStream, Wanted
 from shardwright.data.tokenizers import Tokenizer, load_prepared
+from shardwright.interop.peft import KINDS, read_adapter
 from shardwright.log import get_logger, rank
 from shardwright.model.families import FAMILIES
 from shardwright.objective.objective import Objective
@@ -152,6 +153,11 @@ def check_length(config: Config) -> None:
 def check_adapter(config: Config) -> None:
     """ConfigError where the adapter does not go with the model, or nothing of it is trained."""
     trained_of(config)
+    if config.adapt.begin is not None:
+        config.adapt.begin = _absolute(config.adapt.begin)
+        if config.begin is None:
+            raise ConfigError("adapt.begin: an adapter goes with the model that it was trained on; name it with begin=")
+        read_adapter(Path(config.adapt.begin), KINDS[config.adapt.method])
     if config.adapt.method != "none" and config.begin is None and rank() == 0:
         get_logger().warning(
             "adapt.method=%s: the model beneath it is a random one; name trained weights with begin=FOLDER",
