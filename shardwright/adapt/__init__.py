@@ -9,7 +9,24 @@ of the model's own tensors stay as they are; an adapter's stand beside them. The
 matter (interop/peft.py).
 """
 
-from shardwright.adapt.build import adapter_names, apply_adapter, first_value, num_adapter, trained_names
+from shardwright.adapt.build import (
+    adapter_names,
+    apply_adapter,
+    first_value,
+    num_adapter,
+    trained_names,
+    virtual_parts,
+    virtual_vectors,
+)
 from shardwright.adapt.freeze import apply_freeze
 
-__all__ = ["adapter_names", "apply_adapter", "apply_freeze", "first_value", "num_adapter", "trained_names"]
+__all__ = [
+    "adapter_names",
+    "apply_adapter",
+    "apply_freeze",
+    "first_value",
+    "num_adapter",
+    "trained_names",
+    "virtual_parts",
+    "virtual_vectors",
+]

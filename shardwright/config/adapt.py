@@ -65,5 +65,5 @@ class AdaptConfig(Strict):
 
     @property
     def virtual(self) -> int:
-        """Virtual tokens that take a place in a row."""
-        return self.tokens if self.method in ("prompt", "p_tuning") else 0
+        """Virtual tokens that come before a row."""
+        return self.tokens if self.method in ("prompt", "p_tuning", "prefix") else 0

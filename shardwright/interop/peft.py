@@ -54,13 +54,14 @@ def write_adapter(folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Te
     save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def read_adapter(folder: Path, expected: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_adapter(folder: Path, expected: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(content of adapter_config.json, tensors); ConfigError where they are missing, damaged or of another method."""
     if not is_adapter(folder):
         raise ConfigError(f"adapt.begin={folder}: holds no {CONFIG}; expected a folder that peft wrote")
     raw = read_json(folder / CONFIG)
-    if raw.get("peft_type") != expected:
-        raise ConfigError(f"adapt.begin={folder}: is an adapter of kind {raw.get('peft_type')}; expected {expected}")
+    if raw.get("peft_type") not in expected:
+        known = " or ".join(expected)
+        raise ConfigError(f"adapt.begin={folder}: is an adapter of kind {raw.get('peft_type')}; expected {known}")
     if not (folder / WEIGHTS).is_file():
         raise ConfigError(f"adapt.begin={folder}: has no {WEIGHTS}; pickled weights are not opened, save it again")
     try:
@@ -176,7 +177,7 @@ def lora_pairs(
     Layers that theirs leaves alone are left out. ConfigError where theirs adds to what is none of ours, or computes
     otherwise.
     """
-    raw, tensors = read_adapter(folder, "LORA")
+    raw, tensors = read_adapter(folder, ("LORA",))
     for key, plain in PLAIN.items():
         if raw.get(key, plain) not in (plain, None, [], {}):
             raise ConfigError(f"adapt.begin={folder}: {key}={raw[key]!r} is not supported; expected {plain!r}")
@@ -222,3 +223,60 @@ def _fitting(a: Tensor, b: Tensor, rank: int, where: str) -> tuple[Tensor, Tenso
     if len(used) > rank:
         raise ConfigError(f"{where} has rank {len(used)}; set adapt.rank to at least that")
     return a[used], b[:, used].contiguous()
+
+
+# ------------------------------------------------------------------------------------------ virtual tokens
+
+
+def virtual_files(
+    model: TransformerConfig, adapt: AdaptConfig, vectors: Tensor, base: str | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(adapter_config.json, tensors) of virtual tokens [n, D], or of keys and values in blocks [n, L 2 K d].
+
+    What they came out of is left out, as peft does: it is of no use once they are trained.
+    """
+    prefix = adapt.method == "prefix"
+    width = model.num_kv_heads * model.head_width if prefix else model.token_width
+    kinds: dict[str, dict[str, Any]] = {
+        "prompt": {"prompt_tuning_init": "RANDOM"},
+        "prefix": {"prefix_projection": adapt.projection is not None, "encoder_hidden_size": adapt.projection},
+        "p_tuning": {
+            "encoder_reparameterization_type": "MLP",
+            "encoder_hidden_size": adapt.encoder_width or model.token_width,
+        },
+    }
+    raw = {
+        "peft_type": KINDS[adapt.method],
+        "task_type": TASKS[model.kind] or "FEATURE_EXTRACTION",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "num_virtual_tokens": adapt.tokens,
+        "token_dim": width,
+        # Of an encoder-decoder, peft puts a prefix before the decoder where there are two, and virtual tokens before
+        # the source in any case.
+        "num_transformer_submodules": 2 if prefix and model.kind == "encoder-decoder" else 1,
+        "num_attention_heads": model.num_kv_heads,
+        "num_layers": len(model.runs[-1]),
+        **kinds[adapt.method],
+    }
+    return raw, {"prompt_embeddings": vectors}
+
+
+def virtual_vectors(model: TransformerConfig, adapt: AdaptConfig, folder: Path) -> Tensor:
+    """[n, ..] out of a folder of peft's; ConfigError where they are of another shape, or cannot be trained on."""
+    if adapt.method == "p_tuning" or adapt.projection is not None:
+        raise ConfigError(
+            f"adapt.begin={folder}: peft saves what a network gave, not the network; go on with them as they are by "
+            f"{'adapt.projection=null' if adapt.method == 'prefix' else 'adapt.method=prompt'}"
+        )
+    expected = ("PROMPT_TUNING", "P_TUNING") if adapt.method == "prompt" else ("PREFIX_TUNING",)
+    _, tensors = read_adapter(folder, expected)
+    width = len(model.runs[-1]) * 2 * model.num_kv_heads * model.head_width
+    shape = (adapt.tokens, width if adapt.method == "prefix" else model.token_width)
+    found = tensors.get("prompt_embeddings")
+    if found is None or tuple(found.shape) != shape:
+        raise ConfigError(
+            f"adapt.begin={folder}: has virtual tokens {None if found is None else list(found.shape)}; the config says "
+            f"{list(shape)} (adapt.tokens, and the model)"
+        )
+    return found

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.adapt import adapter_names, trained_names
+from shardwright.adapt import adapter_names, apply_adapter, trained_names, virtual_parts, virtual_vectors
 from shardwright.adapt.lora import LEAVES, merged
 from shardwright.checkpoint import StoredTensors, read_manifest
 from shardwright.config import AdaptConfig, Config, ConfigError, RunError
 from shardwright.interop import peft
 from shardwright.interop.check import Verdict
+from shardwright.model.families import build_model
 from shardwright.model.transformer import TransformerConfig
 from shardwright.parallel.logical import Logical
 from shardwright.train.imports import IMPORTED
@@ -64,7 +65,22 @@ def adapter_files(config: Config, stored: StoredTensors) -> tuple[dict[str, Any]
         raise ConfigError(
             f"export: {sorted(beside)[0]} was trained beside the adapter, whose files lack it; export with --merge"
         )
-    return peft.lora_files(model, config.adapt, _pairs(stored), _base(config))
+    if config.adapt.method == "lora":
+        return peft.lora_files(model, config.adapt, _pairs(stored), _base(config))
+    return peft.virtual_files(model, config.adapt, _vectors(config, stored), _base(config))
+
+
+@torch.no_grad()
+def _vectors(config: Config, stored: StoredTensors) -> Tensor:
+    """What peft calls prompt_embeddings, of an adapter in a checkpoint."""
+    with torch.device("meta"):
+        model = build_model(config.model)  # type: ignore[arg-type]
+        apply_adapter(model, config.adapt)
+    added = adapter_names(config.model, config.adapt)  # type: ignore[arg-type]
+    for name in added:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(stored[name]))
+    return virtual_vectors(model, config.adapt)
 
 
 def _pairs(stored: StoredTensors) -> dict[str, tuple[Tensor, Tensor]]:
@@ -82,7 +98,7 @@ def _base(config: Config) -> str | None:
 
 def check_adapter_files(folder: Path, tensors: Mapping[str, Tensor]) -> Verdict:
     """Whether what was written reads back to the bit."""
-    _, found = peft.read_adapter(folder, peft.read_json(folder / peft.CONFIG)["peft_type"])
+    _, found = peft.read_adapter(folder, list(peft.KINDS.values()))
     same = found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name].cpu()) for name in found)
     if not same:
         raise RunError(f"{folder}: is not written: its files do not read back; report this with the config")
@@ -94,8 +110,14 @@ def take_adapter(step: Step, config: Config) -> None:
     """Set a step's adapter, under any layout, to that of the folder which `adapt.begin` names."""
     assert config.adapt.begin is not None
     weights = step.masters.weights
-    layers = [name.removesuffix(f".{LEAVES[0]}") for name in weights if name.endswith(f".{LEAVES[0]}")]
     model: TransformerConfig = config.model  # type: ignore[assignment]
+    if config.adapt.method != "lora":
+        vectors = peft.virtual_vectors(model, config.adapt, Path(config.adapt.begin))
+        for name, value in virtual_parts(model, config.adapt, vectors).items():
+            logical = Logical.of(weights[name])
+            logical.local.copy_(logical.part(value))
+        return step.masters.restore(weights)
+    layers = [name.removesuffix(f".{LEAVES[0]}") for name in weights if name.endswith(f".{LEAVES[0]}")]
     pairs = peft.lora_pairs(model, config.adapt, Path(config.adapt.begin), layers)
     for layer, (a, b) in pairs.items():
         rank = a.shape[0]

@@ -142,7 +142,12 @@ def _fit_vocabulary(config: Config, vocab_size: int) -> None:
 def check_length(config: Config) -> None:
     """ConfigError where a sequence is longer than the model allows."""
     length = config.data.sequence_length
-    longest = getattr(config.model, "max_length", length)
+    longest, virtual = getattr(config.model, "max_length", length), config.adapt.virtual
+    if longest - virtual < length <= longest:
+        raise ConfigError(
+            f"data.sequence_length={length}: with the {virtual} virtual tokens of adapt.tokens exceeds what the model "
+            f"allows (model.max_length={longest}); lower it to {longest - virtual}"
+        )
     if length > longest:
         raise ConfigError(
             f"data.sequence_length={length}: is longer than the model allows; lower it to model.max_length={longest} "
@@ -157,7 +162,7 @@ def check_adapter(config: Config) -> None:
         config.adapt.begin = _absolute(config.adapt.begin)
         if config.begin is None:
             raise ConfigError("adapt.begin: an adapter goes with the model that it was trained on; name it with begin=")
-        read_adapter(Path(config.adapt.begin), KINDS[config.adapt.method])
+        read_adapter(Path(config.adapt.begin), list(KINDS.values()))
     if config.adapt.method != "none" and config.begin is None and rank() == 0:
         get_logger().warning(
             "adapt.method=%s: the model beneath it is a random one; name trained weights with begin=FOLDER",

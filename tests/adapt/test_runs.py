@@ -79,8 +79,48 @@ def test_exports_merges_and_goes_on_from_peft(tiny: Callable[..., Config], base:
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        ("adapt.method=prompt",),
+        ("adapt.method=p_tuning", "adapt.encoder_width=16"),
+        ("adapt.method=prefix",),
+        ("adapt.method=prefix", "adapt.projection=16"),
+    ],
+    ids=" ".join,
+)
+def test_virtual_tokens_are_trained_resumed_and_exported(
+    tiny: Callable[..., Config], tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    """GPT-2 with room for 4 tokens more; packed documents."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    room, ids = ("adapt.tokens=4", "data.sequence_length=60"), torch.arange(2, 40).view(1, -1)
+    train(tiny("train.steps=2", "data.sequence_length=60"))
+    base, run = tmp_path / "run", tmp_path / "adapted"
+    begun = (*settings, *room, f"begin={base}", f"run={run}", "checkpoint.keep_last=9")
+    train(tiny(*begun))
+    last = run / STEP.format(6)
+    before, after = weights(run / STEP.format(0)), weights(last)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == set(after) - set(weights(base)), "all of the adapter, and nothing else"
+    shutil.rmtree(last)
+    (run / "checkpoints/latest").unlink(missing_ok=True)
+    train(tiny(*begun))
+    assert all(torch.equal(after[name], tensor) for name, tensor in weights(last).items())
+    export_model(base, tmp_path / "base")
+    export_model(run, tmp_path / "adapter")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    both = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        found = both(ids).logits[:, -ids.shape[1] :]
+    assert torch.allclose(found, opened(run)(input_ids=ids)["logits"], atol=1e-5)
+    with pytest.raises(ConfigError, match="--merge: adapt.method=.* virtual tokens"):
+        export_model(run, tmp_path / "merged", merge=True)
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [
+        (("adapt.method=prompt", "adapt.tokens=4"), "data.sequence_length=64: with the 4 virtual tokens of adapt.tokens exceeds"),
         (("adapt.method=lora", "adapt.begin=nowhere"), "adapt.begin: an adapter goes with the model"),
         (("adapt.method=lora", "adapt.targets=[gate]"), "adapt.targets: no layer"),
         (("adapt.freeze=[nothing.*]",), "adapt.freeze: 'nothing"),
