@@ -10,6 +10,7 @@ matter (interop/peft.py).
 """
 
 from shardwright.adapt.build import (
+    adapted_shapes,
     adapter_names,
     apply_adapter,
     first_value,
@@ -21,6 +22,7 @@ from shardwright.adapt.build import (
 from shardwright.adapt.freeze import apply_freeze
 
 __all__ = [
+    "adapted_shapes",
     "adapter_names",
     "apply_adapter",
     "apply_freeze",

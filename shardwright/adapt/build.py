@@ -89,6 +89,11 @@ def trained_names(model: TransformerConfig, config: AdaptConfig) -> set[str]:
     return choose_trained(own, config.freeze if config.method == "none" else ["*"], config.train, added)
 
 
+def adapted_shapes(model: TransformerConfig, config: AdaptConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of the adapted model."""
+    return {name: tuple(p.shape) for name, p in _whole(model, config).named_parameters()}
+
+
 def num_adapter(model: TransformerConfig, config: AdaptConfig) -> dict[str, int]:
     """Parameters by what becomes of them: `trained`, of which `added` are the adapter's, and `frozen`."""
     sizes = {name: p.numel() for name, p in _whole(model, config).named_parameters()}

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwright.adapt import apply_adapter, apply_freeze, first_value, trained_names
+from shardwright.adapt import adapted_shapes, adapter_names, apply_adapter, apply_freeze, first_value, trained_names
 from shardwright.config import Config
+from shardwright.estimate.share import Adapter
 from shardwright.model.count import block_flops, head_flops
 from shardwright.model.electra import ElectraConfig
 from shardwright.model.encoder_decoder import EncoderDecoderConfig
@@ -77,6 +78,16 @@ def build_whole(config: Config) -> LanguageModel:
 def trained_of(config: Config) -> set[str] | None:
     """Names of the parameters that are trained; None where all are."""
     return trained_names(config.model, config.adapt) if config.adapt.freezes else None  # type: ignore[arg-type]
+
+
+def described_adapter(config: Config) -> Adapter | None:
+    """The adapter as estimates know it; None where all of a plain model is trained."""
+    if not config.adapt.freezes:
+        return None
+    shapes = adapted_shapes(config.model, config.adapt)  # type: ignore[arg-type]
+    trained = trained_names(config.model, config.adapt)  # type: ignore[arg-type]
+    added = adapter_names(config.model, config.adapt)  # type: ignore[arg-type]
+    return Adapter({name: shapes[name] for name in added}, frozenset(shapes.keys() - trained))
 
 
 def build_facts(config: Config, size: int) -> Facts:

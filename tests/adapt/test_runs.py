@@ -120,7 +120,7 @@ def test_virtual_tokens_are_trained_resumed_and_exported(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (("adapt.method=prompt", "adapt.tokens=4"), "data.sequence_length=64: with the 4 virtual tokens of adapt.tokens exceeds"),
+        (("adapt.method=prompt", "adapt.tokens=4"), "data.sequence_length=64: with the 4 virtual tokens"),
         (("adapt.method=lora", "adapt.begin=nowhere"), "adapt.begin: an adapter goes with the model"),
         (("adapt.method=lora", "adapt.targets=[gate]"), "adapt.targets: no layer"),
         (("adapt.freeze=[nothing.*]",), "adapt.freeze: 'nothing"),
