@@ -1,5 +1,6 @@
 """The typed configuration: defaults <- YAML <- ``key=value``, strict, with errors made for people."""
 
+from shardwright.config.adapt import AdaptConfig
 from shardwright.config.fields import (
     ConfigError,
     RunError,
@@ -45,6 +46,7 @@ from shardwright.config.sections import (
 )
 
 __all__ = [
+    "AdaptConfig",
     "BatchConfig",
     "CheckpointConfig",
     "Config",

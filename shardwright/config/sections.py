@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from shardwright.config.adapt import AdaptConfig
 from shardwright.config.fields import ConfigError, Strict, free, meaning, parse_duration
 
 
@@ -325,6 +326,7 @@ class Config(Strict):
     objective: ObjectiveConfig
     distill: DistillConfig | None = meaning(None, "The teacher of the run; null trains by the labels alone")
     quantize: QuantizeConfig | None = meaning(None, "Quantisation-aware training; null leaves weights as they are")
+    adapt: AdaptConfig = AdaptConfig()
     data: DataConfig = DataConfig()
     batch: BatchConfig
     train: TrainConfig

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from shardwright.estimate.communication import num_reductions
-from shardwright.estimate.share import EMBEDDING, Layout, Place, Stages, StageShare, Work, rank_share
+from shardwright.estimate.share import EMBEDDING, Adapter, Layout, Place, Stages, StageShare, Work, rank_share
 from shardwright.model.count import activation_bytes, num_parameters, score_bias_bytes
 from shardwright.model.encoder_decoder import EncoderDecoderConfig
 from shardwright.model.transformer import TransformerConfig
@@ -48,20 +48,23 @@ def step_memory(
     place: Place | None = None,
     stages: Stages | None = None,
     offload: bool = False,
+    adapter: Adapter | None = None,
 ) -> dict[str, int]:
     """Bytes by category of the rank at `place` (one process without a layout), and their `total`.
 
-    `stages` as of `share.rank_share`; `offload`: masters, reduced gradients and moments lie in host memory.
+    `stages` and `adapter` as of `share.rank_share`; `offload`: masters, reduced gradients and moments lie in host
+    memory. What is frozen is in the compute format, and has neither gradients nor moments.
     """
     layout = layout or Layout(zero=0)
-    own = rank_share(model, layout, place, stages)
+    own = rank_share(model, layout, place, stages, adapter)
     spread = layout.world > 1
     here = not (spread and offload)
-    part = sum(group.padded(layout.spread) for stage in own for group in stage.groups) // layout.spread
+    every = sum(group.padded(layout.spread) for stage in own for group in stage.groups) // layout.spread
+    part = sum(group.trained.padded(layout.spread) for stage in own for group in stage.groups) // layout.spread
     moments = list(_spread(model, layout, work, own, place or Place(), here) if spread else _alone(model, work, own))
     fullest = max(moments, key=sum)
     memory = {
-        "masters": here * work.master_bytes * part,
+        "masters": here * (work.master_bytes * part + work.value_bytes * (every - part)),
         "optimizer": int(here * work.master_bytes * _moments(optimizer, num_parameters(model)) * part),
         **fullest._asdict(),
     }
@@ -82,7 +85,7 @@ def zero_paper_bytes(stage: int, ranks: int, value_bytes: int, moments: float = 
 
 def _alone(model: TransformerConfig, work: Work, own: Sequence[StageShare]) -> Iterator[Moment]:
     """One process: masters, gradients and copies in three buffers that are always there."""
-    size = sum(group.size for stage in own for group in stage.groups)
+    size = sum(group.trained.size for stage in own for group in stage.groups)
     copies = 0 if work.value_bytes == work.master_bytes else work.value_bytes * size
     kept, fewer, whole = _activations(model, Layout(zero=0), work, model.num_blocks * model.repeats, 1.0)
     chunk, head = _logits(own, work, work.micro_batch * work.predicting)
@@ -99,11 +102,14 @@ def _spread(
     blocks = [group.padded(ranks) for stage in own for group in stage.blocks]
     root, block = sum(stage.root.padded(ranks) for stage in own), max(blocks, default=0)
     full = root + sum(blocks)
+    own_blocks = [group.trained.padded(ranks) for stage in own for group in stage.blocks]
+    own_root, own_block = sum(stage.root.trained.padded(ranks) for stage in own), max(own_blocks, default=0)
+    own_full = own_root + sum(own_blocks)
     each = num_reductions(layout, work) == work.micro_batches
     lets_go = layout.zero == 3 and layout.pipeline == 1
-    shards = here * wide * full // ranks
+    shards = here * wide * own_full // ranks
     earlier = work.micro_batches > 1  # micro-batches that left gradients behind
-    summed = (shards if each else wide * full) * earlier
+    summed = (shards if each else wide * own_full) * earlier
     held = value * (root if lets_go else full)
     tokens = work.micro_batch * work.predicting // layout.context
     inside = in_flight(layout, place.pipeline, work.micro_batches) / layout.virtual
@@ -111,20 +117,21 @@ def _spread(
     kept, fewer, whole = _activations(model, layout, work, runs, inside)
     chunk, head = _logits(own, work, tokens)
     following = value * block * lets_go  # gathered ahead
-    sent = wide * root * (each and earlier)  # FSDP keeps what it reduced last until it reduces again
+    sent = wide * own_root * (each and earlier)  # FSDP keeps what it reduced last until it reduces again
     yield Moment(held + following, summed, sent, kept, chunk)
     yield Moment(held + following, summed, sent, kept, 2 * head)
     yield Moment(held + 2 * following, summed, sent, fewer + whole + _gradients(model, layout, work), head)
     if each:
         left = held if earlier and not lets_go else value * (root + block)  # the last backward pass lets go of all
-        yield Moment(held + 2 * following, summed, _reducing(block, ranks, value, wide), fewer, head)
-        yield Moment(left, shards, _reducing(block, ranks, value, wide), 0, head)
-        yield Moment(left, shards, _reducing(root, ranks, value, wide), 0, 0)
+        yield Moment(held + 2 * following, summed, _reducing(own_block, ranks, value, wide), fewer, head)
+        yield Moment(left, shards, _reducing(own_block, ranks, value, wide), 0, head)
+        yield Moment(left, shards, _reducing(own_root, ranks, value, wide), 0, 0)
     else:
-        arrived = value * block if value != wide else 0
+        arrived = value * own_block if value != wide else 0
         yield Moment(held, summed, arrived, fewer, head)
-        yield Moment(held - value * block, summed - wide * block, _reducing(block, ranks, wide, wide), fewer, head)
-        yield Moment(0, wide * root + shards - here * wide * root // ranks, wide * root, 0, 0)
+        reduced = _reducing(own_block, ranks, wide, wide)
+        yield Moment(held - value * block, summed - wide * own_block, reduced, fewer, head)
+        yield Moment(0, wide * own_root + shards - here * wide * own_root // ranks, wide * own_root, 0, 0)
 
 
 def _reducing(size: int, ranks: int, arrived: int, wide: int) -> int:
@@ -145,6 +152,7 @@ def _moments(optimizer: str, parts: dict[str, int]) -> float:
 def _logits(own: Sequence[StageShare], work: Work, tokens: int) -> tuple[int, int]:
     """Bytes at the loss: (those of one chunk of logits, those of the head's gradient)."""
     shapes = {name: shape for stage in own for name, shape in stage.root.shapes.items()}
+    frozen = {name for stage in own for name in stage.root.frozen}
     drafts = any(name.startswith("embed.generator.head.") for name in shapes)
     if not (own[-1].last or drafts):
         return 0, 0
@@ -153,7 +161,7 @@ def _logits(own: Sequence[StageShare], work: Work, tokens: int) -> tuple[int, in
         return 0, 0
     rows, width = shapes[table]
     several = tokens > CHUNK_ROWS
-    gradient = (work.master_bytes if several else work.value_bytes) * rows * width
+    gradient = (table not in frozen) * (work.master_bytes if several else work.value_bytes) * rows * width
     value = 2 * work.value_bytes if work.compiled else work.value_bytes % work.master_bytes + LOOSE * work.master_bytes
     return int(value * min(tokens, CHUNK_ROWS) * rows) + several * gradient, gradient
 

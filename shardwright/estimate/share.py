@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from shardwright.config import Config, ParallelConfig
@@ -132,11 +132,17 @@ class Group:
 
     shapes: Shapes  # of this tensor rank's parts, whole over the ranks that share them
     partial: frozenset[str]  # whose gradients are partial sums over the tensor axis
+    frozen: frozenset[str] = frozenset()  # which are not trained
 
     @property
     def size(self) -> int:
         """Parameters."""
         return sum(map(math.prod, self.shapes.values()))
+
+    @property
+    def trained(self) -> Group:
+        """The same without what is frozen."""
+        return Group({n: s for n, s in self.shapes.items() if n not in self.frozen}, self.partial - self.frozen)
 
     def padded(self, ranks: int) -> int:
         """Parameters with what FSDP adds so that each first dim divides by the ranks."""
@@ -170,12 +176,24 @@ def split(size: int, ranks: int, index: int) -> int:
     return min(each, max(size - index * each, 0))
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter adds to a model, and all that is not trained then, by logical name."""
+
+    shapes: Shapes
+    frozen: frozenset[str]
+
+
 def rank_share(
-    model: TransformerConfig, layout: Layout, place: Place | None = None, stages: Stages | None = None
+    model: TransformerConfig,
+    layout: Layout,
+    place: Place | None = None,
+    stages: Stages | None = None,
+    adapter: Adapter | None = None,
 ) -> list[StageShare]:
     """The stages of the rank at `place`; `stages` are all stages of the pipeline, needed where there are several."""
     place = place or Place()
-    shapes = parameter_shapes(model)
+    shapes = parameter_shapes(model) | (adapter.shapes if adapter else {})
     if stages is None:
         assert layout.pipeline == 1, "which layers a stage has is not known here"
         stages = [{layer_of(name) for name in shapes}]
@@ -188,6 +206,8 @@ def rank_share(
         layers = {*stages[index], *everywhere}
         here = {name: shape for name, shape in shapes.items() if layer_of(name) in layers or name == also}
         root, *blocks = (_group(group, layout, place) for group in _by_group(here))
+        if adapter is not None:
+            root, *blocks = (replace(group, frozen=adapter.frozen & group.shapes.keys()) for group in (root, *blocks))
         tables = tuple(name for name in here if layer_of(name) in everywhere)
         found.append(StageShare(index, index == 0, last, root, tuple(blocks), tables))
     return found

@@ -143,7 +143,7 @@ class Imported(Mapping[str, Tensor]):
         dtype: torch.dtype | None = None,
         folder: str = "",
     ) -> None:
-        table, self._shapes = _map_of(FAMILIES[config.family], folder), _shapes(config)
+        table, self._shapes = _map_of(FAMILIES[config.family], folder), model_shapes(config)
         _check_covered(config, self._shapes)
         rules = _expand(table, config, self._shapes)
         self._config, self._theirs, self._dtype = config, theirs, dtype
@@ -219,7 +219,7 @@ class Exported(Mapping[str, Tensor]):
         dtype: torch.dtype | None = None,
         folder: str = "",
     ) -> None:
-        table, shapes = _map_of(FAMILIES[config.family], folder), _shapes(config)
+        table, shapes = _map_of(FAMILIES[config.family], folder), model_shapes(config)
         _check_names("tensors", set(shapes), set(ours), set())
         _check_covered(config, shapes)
         self._rules = {rule.theirs: rule for rule in _expand(table, config, shapes)}
@@ -242,6 +242,13 @@ class Exported(Mapping[str, Tensor]):
         tensor = tensor.unsqueeze(0) if rule.row else tensor
         tensor = tensor.t() if rule.transpose else tensor
         return (tensor if rule.shape is None else tensor.reshape(rule.shape(self._config))).contiguous()
+
+
+def rules_of(config: TransformerConfig) -> list[TensorRule]:
+    """The rules of a model's tensors, layer by layer; ValueError where theirs has no place for one."""
+    shapes = model_shapes(config)
+    _check_covered(config, shapes)
+    return _expand(_map_of(FAMILIES[config.family]), config, shapes)
 
 
 def import_all(config: TransformerConfig, sources: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -294,7 +301,8 @@ def _map_of(family: Family, folder: str = "") -> HuggingFaceMap:
     return family.huggingface.beside[folder].map if folder else family.huggingface
 
 
-def _shapes(config: TransformerConfig) -> dict[str, torch.Size]:
+def model_shapes(config: TransformerConfig) -> dict[str, torch.Size]:
+    """The shape of each of our tensors by name."""
     with torch.device("meta"):
         return {name: p.shape for name, p in build_model(config).named_parameters()}
 

@@ -61,6 +61,7 @@ def export(
     check: Annotated[bool, typer.Option("--check/--no-check", help="Open it again and compare logits")] = True,
     quantize: Annotated[str | None, typer.Option(help="int8 or int4: weights of linear layers, by torchao")] = None,
     group: Annotated[int | None, typer.Option(min=1, help="With --quantize: inputs that share a scale")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Put a run's adapter into the matrices beneath it")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a model as a Hugging Face folder, and prove that it is the same model."""
@@ -72,7 +73,7 @@ def export(
         return _export_quantized(run_folder, output, quantize, group, dtype, max_shard_size, check, as_json)
     if group is not None:
         raise ConfigError("--group: goes with --quantize")
-    made = export_model(run_folder, output, dtype=dtype, shard=max_shard_size, check=check)
+    made = export_model(run_folder, output, dtype=dtype, shard=max_shard_size, check=check, merge=merge)
     count = f"{made.files} file{'s' * (made.files > 1)}"
     text = f"{output}: {made.tensors} tensors, {quantity(made.bytes, ' ')}B in {count}"
     print(json.dumps(made.as_dict()) if as_json else f"{text}; {made.verdict.text if made.verdict else 'not checked'}")

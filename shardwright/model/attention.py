@@ -149,9 +149,15 @@ def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
-def document_mask(documents: Tensor, causal: bool = True) -> Tensor:
-    """[B, 1, T, T], true where key and query share a document number of [B, T] and the key, if causal, is not later."""
+def document_mask(documents: Tensor, causal: bool = True, virtual: int = 0) -> Tensor:
+    """[B, 1, T, T], true where key and query share a document number of [B, T] and the key, if causal, is not later.
+
+    The first `virtual` tokens of a row are seen by all and see all, but for padding (numbers below 0).
+    """
     same = documents.unsqueeze(2) == documents.unsqueeze(1)
+    if virtual:
+        same[:, :virtual] = (documents >= 0).unsqueeze(1)
+        same[:, :, :virtual] = True
     return (same.tril_() if causal else same).unsqueeze(1)
 
 

@@ -322,6 +322,7 @@ def source_inputs(inputs: Inputs) -> Inputs:
         row_index=inputs.encoder_row_index,
         key_index=inputs.encoder_key_index,
         key_documents=inputs.encoder_key_documents,
+        virtual=inputs.encoder_virtual,
     )
 
 
@@ -343,5 +344,6 @@ def build_cross_mask(inputs: Inputs) -> Tensor | None:
     if keys is None or inputs.documents is None:
         return mask
     same = (inputs.documents.unsqueeze(2) == keys.unsqueeze(1)).unsqueeze(1)
+    same[..., : inputs.encoder_virtual] = True
     mask = same if mask is None else same & mask
     return mask | ~mask.any(-1, keepdim=True)

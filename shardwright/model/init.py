@@ -92,12 +92,12 @@ def initial_value(config: TransformerConfig, name: str, shape: torch.Size, seed:
     if leaf == "scale":  # of sinusoidal positions (Hua et al. 2022)
         return torch.full(shape, config.width**-0.5)
     if len(shape) == 1:  # vectors that are no bias: Transformer-XL's u and v, XLNet's first query
-        return torch.empty(shape).normal_(std=config.init_std, generator=_generator(seed, name))
+        return torch.empty(shape).normal_(std=config.init_std, generator=build_generator(seed, name))
     std = SCHEMES[config.init](config, part, shape)
     value = torch.empty(shape)
     if config.init == "xavier" and part not in EMBEDDINGS:
-        return value.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=_generator(seed, name))
-    return value.normal_(std=std, generator=_generator(seed, name))
+        return value.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=build_generator(seed, name))
+    return value.normal_(std=std, generator=build_generator(seed, name))
 
 
 @torch.no_grad()
@@ -107,6 +107,7 @@ def apply_init(model: nn.Module, config: TransformerConfig, seed: int) -> None:
         parameter.copy_(initial_value(config, name, parameter.shape, seed))
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def build_generator(seed: int, name: str) -> torch.Generator:
+    """The numbers that a parameter of this name is drawn from."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

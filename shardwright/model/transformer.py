@@ -183,6 +183,7 @@ class Inputs(NamedTuple):
     order: Tensor | None = None  # [B, T] int64, when each token comes where tokens are predicted in an order of its own
     key_order: Tensor | None = None  # [B, S] `order` of those keys
     places: Tensor | None = None  # [B, P] int64, which positions are predicted, where a model has to know
+    virtual: int = 0  # tokens at the beginning of each row that all of its documents see
     # Of an encoder-decoder, whose target the tensors above are of: the same of its source, S tokens a row.
     encoder_ids: Tensor | None = None
     encoder_positions: Tensor | None = None
@@ -191,6 +192,7 @@ class Inputs(NamedTuple):
     encoder_row_index: Tensor | None = None
     encoder_key_index: Tensor | None = None
     encoder_key_documents: Tensor | None = None
+    encoder_virtual: int = 0
 
 
 class Context(NamedTuple):
@@ -495,7 +497,7 @@ def build_mask(inputs: Inputs, past: int, causal: bool) -> tuple[Tensor | None, 
         return row_mask(inputs.row_index, inputs.key_index, inputs.documents, inputs.key_documents, causal), causal
     if inputs.documents is not None:
         assert past == 0, "packed documents and a cache do not go together"
-        mask = document_mask(inputs.documents, causal)
+        mask = document_mask(inputs.documents, causal, inputs.virtual)
         return (
             mask if inputs.attention_mask is None else mask & padding_mask(inputs.attention_mask, 0, causal)
         ), causal

@@ -190,7 +190,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss, dlogits = kernel.run(logits, labels[part], weights[part], scale, head, smoothing)
             total += loss
             torch.mm(dlogits, weight, out=hidden_grad[part])
-            accumulate(head_grads, dlogits, hidden[part], bias)
+            if any(ctx.needs_input_grad[1:3]):  # a frozen head has none
+                accumulate(head_grads, dlogits, hidden[part], bias)
         ctx.save_for_backward(scale, hidden_grad, *head_grads)
         return total
 
@@ -198,8 +199,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         scale, *grads = ctx.saved_tensors
         rest = left_over(outer[0], scale)
-        hidden_grad, weight_grad, *bias_grad = (g * rest for g in grads)
-        return (hidden_grad, weight_grad, bias_grad[0] if bias_grad else None, *[None] * 7)
+        hidden_grad, *head_grads = (g * rest for g in grads)
+        return (hidden_grad, *head_grads, *[None] * (9 - len(head_grads)))
 
 
 def left_over(outer: Tensor, scale: Tensor) -> Tensor:

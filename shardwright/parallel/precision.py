@@ -33,7 +33,8 @@ class Masters:
 
     After construction the model's parameters are views of one buffer in the compute format (of the
     masters themselves in float32). A gradient that reaches a parameter moves on at once, in float32,
-    to the master: `parameter.grad` stays None.
+    to the master: `parameter.grad` stays None. What is frozen has no master and no gradient: it is in the compute
+    format alone. `weights` are all of them, `parts` those that an optimizer updates.
     """
 
     def __init__(self, model: nn.Module, compute: torch.dtype) -> None:
@@ -44,10 +45,12 @@ class Masters:
         self._grads = torch.zeros_like(self._weights)
         same = compute == self._weights.dtype
         self._copies = self._weights if same else torch.zeros(size, dtype=compute, device=device)
-        self.weights: dict[str, Tensor] = {}
+        self.parts: dict[str, Tensor] = {}
         for (name, parameter), offset in zip(parameters, offsets, strict=True):
             self._adopt(name, parameter, offset)
-        self._untouched = dict(self.weights)
+        cast_frozen(model, compute)
+        self.weights = {n: self.parts.get(n, p.detach()) for n, p in model.named_parameters()}
+        self._untouched = dict(self.parts)
         self.publish()
 
     def _adopt(self, name: str, parameter: nn.Parameter, offset: int) -> None:
@@ -59,12 +62,12 @@ class Masters:
         master.grad = view(self._grads)
         parameter.data = view(self._copies)
         parameter.register_post_accumulate_grad_hook(partial(self._take, name))
-        self.weights[name] = master
+        self.parts[name] = master
 
     @torch.no_grad()
     def _take(self, name: str, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
-        accumulated = self.weights[name].grad
+        accumulated = self.parts[name].grad
         assert gradient is not None and accumulated is not None
         if self._untouched.pop(name, None) is None:
             accumulated.add_(gradient)
@@ -82,7 +85,7 @@ class Masters:
 
     def clear(self) -> None:
         """Forget the gradients: the next one of each parameter replaces what is there."""
-        self._untouched = dict(self.weights)
+        self._untouched = dict(self.parts)
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -103,6 +106,13 @@ class Masters:
     def scale_grads(self, factor: Tensor) -> None:
         """Multiply every gradient by a scalar on the device."""
         self._grads.mul_(factor)
+
+
+def cast_frozen(model: nn.Module, compute: torch.dtype) -> None:
+    """Bring what is not trained into the compute format, in place: no step changes it, so nothing wider is needed."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(compute)
 
 
 def _offsets(sizes: list[int]) -> tuple[list[int], int]:

@@ -45,6 +45,8 @@ class Facts:
     causal: bool = True
     shared_blocks: bool = False  # all blocks are one, which counts once among `layers`
     projects_tables: bool = False  # blocks project a table that all of them share
+    adapter: str = "none"  # what is put into it and trained: lora, prompt, prefix, p_tuning
+    frozen: bool = False  # some parameters are not trained
     # The batches. `batches` holds the sequences of a step at every level of a ramp.
     length: int
     target: int | None = None  # tokens of a decoder's row beside an encoder's of `length`; None or the same without one
@@ -285,6 +287,37 @@ def _ring(f: Facts) -> str | None:
     return None
 
 
+def _frozen_pipeline(f: Facts) -> str | None:
+    if not f.frozen or f.pipeline == 1:
+        return None
+    return (
+        f"parallel.pipeline={f.pipeline}: a stage whose parameters are all frozen has nothing to go back through, and "
+        "torch's schedules ask every stage for gradients; use parallel.zero=3 to share the layers among data ranks"
+    )
+
+
+def _adapter_axes(f: Facts) -> str | None:
+    if f.adapter == "none":
+        return None
+    if f.tensor > 1:
+        return (
+            f"parallel.tensor={f.tensor}: the tensor plan does not say how an adapter is cut, and what is trained is "
+            "small; use parallel.zero=3 to share the rest"
+        )
+    if f.context > 1:
+        return (
+            f"parallel.context={f.context}: virtual tokens and an adapter's dropout belong to whole rows; use more "
+            "data ranks with a smaller batch.micro"
+        )
+    return None
+
+
+def _frozen_engine(f: Facts) -> str | None:
+    if f.engine == "native" or not f.frozen:
+        return None
+    return f"engine={f.engine}: is not told what is frozen (adapt.method, adapt.freeze); use engine=native"
+
+
 def _engine(f: Facts) -> str | None:
     degrees = {"tensor": f.tensor, "pipeline": f.pipeline, "context": f.context}
     asked = [f"parallel.{axis}={degree}" for axis, degree in degrees.items() if degree > 1]
@@ -438,6 +471,9 @@ ROWS: tuple[Row, ...] = (
         "memory and pipelines",
         _ring,
     ),
+    Row("frozen parameters in a pipeline", "every stage has something to train", _frozen_pipeline),
+    Row("adapters", "under data parallelism and ZeRO alone", _adapter_axes),
+    Row("frozen parameters under an engine", "the native engine alone knows them", _frozen_engine, fixed=True),
     Row("engine", "deepspeed and accelerate carry data parallelism and ZeRO alone", _engine),
     Row("deepspeed fp16", "DeepSpeed has no fp16 on a CPU", _engine_fp16, fixed=True),
     Row("engine's float64", "neither deepspeed nor accelerate has it", _engine_float64, fixed=True),

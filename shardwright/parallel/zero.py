@@ -129,8 +129,8 @@ class TiedWeight:
 class ShardedMasters:
     """The float32 masters of modules wrapped by `apply_zero`; the methods of `precision.Masters`.
 
-    `weights` are DTensors by logical name, for checkpoints; `parts` are this rank's parts of them as plain tensors,
-    for the optimizer.
+    `weights` are DTensors by logical name, for checkpoints; `parts` are this rank's parts of those that are trained, as
+    plain tensors, for the optimizer.
     """
 
     def __init__(
@@ -141,7 +141,9 @@ class ShardedMasters:
         self.uncounted = {weight.name for weight in tied if not weight.counts}
         self._wrapped = [module for root in roots for module in sharded_modules(root)]
         self.logical = {name: Logical.of(parameter.detach()) for name, parameter in parameters.items()}
-        self.parts: dict[str, Tensor] = {name: logical.local for name, logical in self.logical.items()}
+        self.parts: dict[str, Tensor] = {
+            name: self.logical[name].local for name, parameter in parameters.items() if parameter.requires_grad
+        }
         self.weights = {name: logical.wrap(logical.local) for name, logical in self.logical.items()}
 
     @torch.no_grad()
@@ -178,8 +180,8 @@ class ShardedMasters:
     @torch.no_grad()
     def collect(self) -> None:
         """Hand the parts their gradients, once all backward passes are done; zero where none came."""
-        for name, parameter in self.parameters.items():
-            self.parts[name].grad = _local_gradient(parameter)
+        for name, part in self.parts.items():
+            part.grad = _local_gradient(self.parameters[name])
         for weight in self.tied:
             weight.sum_gradients()
 

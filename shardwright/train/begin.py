@@ -5,13 +5,13 @@ Either way the moments are zero and the position is the first; run.py saves a ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from shardwright.checkpoint import find_newest, load, save
+from shardwright.checkpoint import find_newest, load, read_manifest, save
 from shardwright.checkpoint.ranks import open_ranks
 from shardwright.config import Config, ConfigError, DeepSpeedConfig, ParallelConfig
 from shardwright.data.tokenizers import Tokenizer
@@ -73,7 +73,13 @@ def check_begin(config: Config, tokenizer: Tokenizer) -> None:
     if is_huggingface(given) and not (given / CONFIG).is_file():
         raise ConfigError(f"begin={given}: is a Hugging Face folder; first: shardwright import {given} --output FOLDER")
     folder, _ = locate(given)
-    known = read_config(folder / CONFIG).data.tokenizer
+    there = read_config(folder / CONFIG)
+    if there.adapt.method not in ("none", config.adapt.method):
+        raise ConfigError(
+            f"begin={given}: has an adapter of its own (adapt.method={there.adapt.method}); go on with that method, or "
+            f"take it in first: shardwright export {given} --merge, then shardwright import"
+        )
+    known = there.data.tokenizer
     if known not in (None, tokenizer.sha256):
         raise ConfigError(
             f"begin={given}: its model reads tokenizer {known[:12]}..., the corpus was prepared with "
@@ -81,11 +87,17 @@ def check_begin(config: Config, tokenizer: Tokenizer) -> None:
         )
 
 
-def take_weights(step: Step, begin: str) -> None:
-    """Set the masters of a step, under any layout, to the weights that `begin` names. Every rank has to call it."""
-    weights = step.masters.weights
+def take_weights(step: Step, begin: str, added: Collection[str] = ()) -> None:
+    """Set the masters of a step, under any layout, to the weights that `begin` names. Every rank has to call it.
+
+    What is `added` to the model keeps its first values, unless `begin` has it too.
+    """
+    weights, checkpoint = step.masters.weights, locate(begin)[1]
+    stored = read_manifest(checkpoint).tensors
     named = {f"model.{name}": weight for name, weight in weights.items()}
-    load(locate(begin)[1], named, within="model.", cast=True)
+    fresh = {f"model.{name}" for name in added} - stored.keys()
+    known = {name: weight for name, weight in named.items() if name not in fresh}
+    load(checkpoint, known, within="model.", cast=True)
     step.masters.restore(weights)
 
 

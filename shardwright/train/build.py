@@ -21,6 +21,7 @@ from shardwright.data.order import Plan
 from shardwright.data.remote import ShardCache, default_cache_folder, is_remote
 from shardwright.data.stream import Source, Stream, ValidationStream, Wanted
 from shardwright.data.tokenizers import Tokenizer, load_prepared
+from shardwright.interop.peft import KINDS, read_adapter
 from shardwright.log import get_logger, rank
 from shardwright.model.families import FAMILIES
 from shardwright.objective.distill import Distilled
@@ -32,7 +33,7 @@ from shardwright.parallel.precision import FORMATS, LossScaler, Masters, master_
 from shardwright.train.engines import build_engine
 from shardwright.train.evaluate import Validation
 from shardwright.train.guard import SpikeDetector
-from shardwright.train.layout import build_masters, build_stages, product_format, wants_compile
+from shardwright.train.layout import build_masters, build_stages, product_format, trained_of, wants_compile
 from shardwright.train.optim import build_optimizer
 from shardwright.train.pruned import prunable
 from shardwright.train.schedule import BatchRamp
@@ -80,6 +81,7 @@ def fit_to_corpus(config: Config, corpus: Corpus) -> None:
     _fit_vocabulary(config, fit_special_tokens(config, corpus.tokenizer))
     check_length(config)
     fit_teacher(config, corpus.tokenizer)
+    check_adapter(config)
     check_validation(config, corpus)
 
 
@@ -145,11 +147,31 @@ def _fit_vocabulary(config: Config, vocab_size: int) -> None:
 def check_length(config: Config) -> None:
     """ConfigError where a sequence is longer than the model allows."""
     length = config.data.sequence_length
-    longest = getattr(config.model, "max_length", length)
+    longest, virtual = getattr(config.model, "max_length", length), config.adapt.virtual
+    if longest - virtual < length <= longest:
+        raise ConfigError(
+            f"data.sequence_length={length}: with the {virtual} virtual tokens of adapt.tokens exceeds what the model "
+            f"allows (model.max_length={longest}); lower it to {longest - virtual}"
+        )
     if length > longest:
         raise ConfigError(
             f"data.sequence_length={length}: is longer than the model allows; lower it to model.max_length={longest} "
             "or raise that"
+        )
+
+
+def check_adapter(config: Config) -> None:
+    """ConfigError where the adapter does not go with the model, or nothing of it is trained."""
+    trained_of(config)
+    if config.adapt.begin is not None:
+        config.adapt.begin = _absolute(config.adapt.begin)
+        if config.begin is None:
+            raise ConfigError("adapt.begin: an adapter goes with the model that it was trained on; name it with begin=")
+        read_adapter(Path(config.adapt.begin), list(KINDS.values()))
+    if config.adapt.method != "none" and config.begin is None and rank() == 0:
+        get_logger().warning(
+            "adapt.method=%s: the model beneath it is a random one; name trained weights with begin=FOLDER",
+            config.adapt.method,
         )
 
 
@@ -221,7 +243,7 @@ def _build_optimizer(config: Config, stages: Stages) -> tuple[StepMasters, torch
     products = product_format(config)
     if stages.world.mesh is None:
         masters = Masters(stages.models[0].model, compute)
-        return masters, build_optimizer(config.optimizer, list(masters.weights.items()), matmul_dtype=products)
+        return masters, build_optimizer(config.optimizer, list(masters.parts.items()), matmul_dtype=products)
     sharded = build_masters(config, stages)
     named = list(sharded.parts.items())
     return sharded, build_optimizer(config.optimizer, named, logical=sharded.logical, matmul_dtype=products)

@@ -30,10 +30,13 @@ from shardwright.interop.folder import (
     write_json,
 )
 from shardwright.interop.huggingface import Exported, folders_beside, write_config
+from shardwright.interop.peft import write_adapter
 from shardwright.interop.tokenizer import special_ids, write_tokenizer
 from shardwright.interop.weights import write_weights
 from shardwright.log import get_logger
 from shardwright.model.transformer import TransformerConfig
+from shardwright.train.adapters import adapter_files, check_adapter_files
+from shardwright.train.adapters import merge as merge_adapter
 from shardwright.train.folder import CONFIG
 from shardwright.train.imports import counted, naming, num_bytes, number_format
 from shardwright.train.load import load_known_tokenizer, locate
@@ -62,18 +65,30 @@ class Export:
 
 
 def export_model(
-    path: str | Path, output: Path, *, dtype: str | None = None, shard: str = "5GB", check: bool = True
+    path: str | Path,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    shard: str = "5GB",
+    check: bool = True,
+    merge: bool = False,
 ) -> Export:
     """Write the model of a run folder, checkpoint or imported model into the new Hugging Face folder `output`.
 
     What was written is opened again and held against ours, unless `check` is False: RunError where it differs, and
-    nothing is left of it. ConfigError where Hugging Face's format cannot say what the model is.
+    nothing is left of it. Of an adapted run it is a folder of peft's with the adapter alone, or, with `merge`, the
+    model with the adapter in its matrices. ConfigError where Hugging Face's format cannot say what the model is.
     """
     folder, checkpoint = locate(path)
     config = read_config(folder / CONFIG)
     model: TransformerConfig = config.model  # type: ignore[assignment]
     tokenizer = load_known_tokenizer(folder, config)
-    stored = StoredTensors(checkpoint, within="model.")
+    whole = StoredTensors(checkpoint, within="model.")
+    if merge and config.adapt.method == "none":
+        raise ConfigError(f"--merge: {folder} has no adapter; export it without")
+    if config.adapt.method != "none" and not merge:
+        return _export_adapter(folder, output, config, whole, number_format(dtype), check)
+    stored = merge_adapter(whole, config) if merge else whole
     with naming(folder):
         parts = ("", *folders_beside(model))
         raws = {part: write_config(model, part) for part in parts}
@@ -96,6 +111,19 @@ def export_model(
             raise RunError(f"{output}: is not written: {verdict.text}; report this with the model section of {CONFIG}")
     total = sum(num_bytes(its.meta) for its in tensors.values())
     return Export(str(output), sum(map(len, tensors.values())), total, files, verdict)
+
+
+def _export_adapter(
+    folder: Path, output: Path, config: Config, stored: StoredTensors, dtype: torch.dtype | None, check: bool
+) -> Export:
+    """The adapter alone, as peft has it."""
+    with naming(folder):
+        raw, tensors = adapter_files(config, stored)
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
+    with writing(output, "--output"), whole_folder(output) as place:
+        write_adapter(place, raw, tensors)
+        verdict = check_adapter_files(place, tensors) if check else None
+    return Export(str(output), len(tensors), num_bytes(tensors), 1, verdict)
 
 
 def shard_bytes(text: str) -> int:

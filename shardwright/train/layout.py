@@ -1,9 +1,9 @@
 """The modules that one rank computes, wrapped for its layout in the one fixed order.
 
-1. the stage's layers, on the meta device  2. tensor plan  3. context core  4. fake quantisation, then selective
-recomputation  5. compile of each block  6. full recomputation  7. activation offload  8. FSDP over blocks, then stage
-9. memory  10. first weights, each a function of (seed, its name) alone. In one process, 1, 4 to 7 and 10 are what is
-left.
+1. the stage's layers and adapter, on the meta device  2. tensor plan  3. context core  4. fake quantisation, then
+selective recomputation  5. compile of each block  6. full recomputation  7. activation offload  8. FSDP over blocks,
+then stage  9. memory  10. first weights, each a function of (seed, its name) alone. In one process, 1, 4 to 7 and 10
+are what is left.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from shardwright.adapt import adapted_shapes, adapter_names, apply_adapter, apply_freeze, first_value, trained_names
 from shardwright.adapt.quantize import apply_fake_quantization
 from shardwright.config import Config
+from shardwright.estimate.share import Adapter
 from shardwright.model.count import block_flops, head_flops
 from shardwright.model.electra import ElectraConfig
 from shardwright.model.encoder_decoder import EncoderDecoderConfig
 from shardwright.model.families import FAMILIES, build_model
-from shardwright.model.init import apply_init, initial_value
 from shardwright.model.transformer import LanguageModel
 from shardwright.model.xlnet import XLNetConfig, stream_length
 from shardwright.objective.objective import Objective
@@ -32,7 +33,7 @@ from shardwright.parallel.context import ContextRows, PairRows, apply_context
 from shardwright.parallel.logical import Logical
 from shardwright.parallel.mesh import World
 from shardwright.parallel.pipeline import Pipeline, build_tied_group
-from shardwright.parallel.precision import FORMATS, master_format
+from shardwright.parallel.precision import FORMATS, cast_frozen, master_format
 from shardwright.parallel.recompute import ROUNDING, apply_activation_offload, apply_recompute
 from shardwright.parallel.refusals import Facts
 from shardwright.parallel.ring import Ring, apply_ring, check_device
@@ -51,8 +52,7 @@ SHARED = "embed.tokens"  # whose weight is the head's as well, where the model i
 def build_stages(config: Config, world: World, objective: Objective) -> Stages:
     """This rank's stages, ready to be run."""
     if world.mesh is None:
-        model = build_model(config.model)  # type: ignore[arg-type]
-        apply_init(model, config.model, config.train.seed)  # type: ignore[arg-type]
+        model = build_whole(config)
         apply_blocks(model.to(world.device), config, world)
         only = build_loss_model(model, objective, config.train.seed).train()
         return Stages({0: only}, Loop(only), world)
@@ -65,6 +65,31 @@ def build_stages(config: Config, world: World, objective: Objective) -> Stages:
         stage = build_loss_model(model, objective, config.train.seed, first=index == 0, last=last)
         models[index] = _spread(stage, config, world, ring)
     return Stages(models, _build_passes(config, world, models, ring), world, _build_cut(config, world))
+
+
+def build_whole(config: Config) -> LanguageModel:
+    """The whole model in this process with its adapter and its first weights; what is not trained is frozen."""
+    model = build_model(config.model)  # type: ignore[arg-type]
+    apply_adapter(model, config.adapt, trained_of(config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(first_value(config.model, name, parameter.shape, config.train.seed))  # type: ignore[arg-type]
+    return model
+
+
+def trained_of(config: Config) -> set[str] | None:
+    """Names of the parameters that are trained; None where all are."""
+    return trained_names(config.model, config.adapt) if config.adapt.freezes else None  # type: ignore[arg-type]
+
+
+def described_adapter(config: Config) -> Adapter | None:
+    """The adapter as estimates know it; None where all of a plain model is trained."""
+    if not config.adapt.freezes:
+        return None
+    shapes = adapted_shapes(config.model, config.adapt)  # type: ignore[arg-type]
+    trained = trained_names(config.model, config.adapt)  # type: ignore[arg-type]
+    added = adapter_names(config.model, config.adapt)  # type: ignore[arg-type]
+    return Adapter({name: shapes[name] for name in added}, frozenset(shapes.keys() - trained))
 
 
 def build_facts(config: Config, size: int) -> Facts:
@@ -90,6 +115,8 @@ def build_facts(config: Config, size: int) -> Facts:
         causal=model.causal,  # type: ignore[attr-defined]
         shared_blocks=model.repeats > 1,  # type: ignore[attr-defined]
         projects_tables=model.projects_tables,  # type: ignore[attr-defined]
+        adapter=config.adapt.method,
+        frozen=config.adapt.freezes,
         length=config.data.sequence_length,
         target=row_lengths(config)[1],
         batches=(full,) if ramp is None else (*range(ramp.start, full, ramp.increment), full),
@@ -198,6 +225,8 @@ def _build_part(config: Config, layers: range) -> LanguageModel:
     names = [name for name, _ in model.layers()]
     shared = SHARED if config.model.ties_stages else None  # type: ignore[attr-defined]
     keep_layers(model, names[layers.start : layers.stop], shared=shared)
+    with torch.device("meta"):
+        apply_adapter(model, config.adapt)
     return model.to(master_format(FORMATS[config.precision.compute]))
 
 
@@ -216,6 +245,10 @@ def _spread(stage: LossModel, config: Config, world: World, ring: Ring | None) -
     else:
         apply_ring(model, ring)
     apply_blocks(model, config, world)
+    trained = trained_of(config)
+    if trained is not None:
+        apply_freeze(model, trained)
+        cast_frozen(model, FORMATS[config.precision.compute])
     apply_zero(
         stage,
         blocks_of(model),
@@ -338,6 +371,6 @@ def fill_weights(model: LanguageModel, config: Config) -> None:
     """Set this rank's part of every parameter; one whole tensor exists at a time."""
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
-        whole = initial_value(config.model, name, parameter.shape, config.train.seed)  # type: ignore[arg-type]
+        whole = first_value(config.model, name, parameter.shape, config.train.seed)  # type: ignore[arg-type]
         logical = Logical.of(parameter.detach())
         logical.local.copy_(logical.part(whole))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from shardwright.adapt import apply_adapter
 from shardwright.checkpoint import find_newest
 from shardwright.checkpoint import load as load_checkpoint
 from shardwright.config import Config, ConfigError
@@ -66,6 +67,7 @@ def load(path: str | Path, *, device: str = "auto") -> Loaded:
     config = read_config(folder / CONFIG)
     tokenizer = load_known_tokenizer(folder, config)
     model = build_model(config.model)  # type: ignore[arg-type]
+    apply_adapter(model, config.adapt)
     weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     load_checkpoint(checkpoint, weights, within="model.", cast=True)  # masters may be float64, imported ones bfloat16
     return Loaded(model.to(choose_device(device)).eval(), config, folder, checkpoint, tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+from shardwright.adapt import num_adapter
 from shardwright.config import Config, to_yaml
 from shardwright.estimate.memory import step_memory
 from shardwright.estimate.share import Layout, Place, Work
@@ -16,7 +17,15 @@ from shardwright.parallel.refusals import Facts, layout_warnings
 from shardwright.parallel.stages import stage_indices
 from shardwright.train.build import build_corpus, check_length, fit_to_corpus
 from shardwright.train.course import Course
-from shardwright.train.layout import build_facts, cut_layers, num_virtual, predicted_share, row_lengths, wants_compile
+from shardwright.train.layout import (
+    build_facts,
+    cut_layers,
+    described_adapter,
+    num_virtual,
+    predicted_share,
+    row_lengths,
+    wants_compile,
+)
 
 
 def batch_equation(config: Config, data_size: int = 1) -> str:
@@ -46,12 +55,16 @@ def preview(config: Config, *, as_json: bool = False) -> str:
     flops = num_flops(model, length, target=target, rows=config.batch.micro, predicted=predicted_share(config))  # type: ignore[arg-type]
     memory = rank_memory(config, facts)
     if as_json:
-        sizes = {"parameters": parameters, "flops_per_token": flops.model, "memory_bytes": memory}
+        figures = {"parameters": parameters, "flops_per_token": flops.model, "memory_bytes": memory}
         layout = {"world": facts.world, "stages": stage_layers(config, facts), "warnings": layout_warnings(facts)}
         batch = batch_equation(config, facts.data)
-        return json.dumps({"config": config.model_dump(mode="json"), "batch": batch, "layout": layout, **sizes})
+        return json.dumps({"config": config.model_dump(mode="json"), "batch": batch, "layout": layout, **figures})
+    sizes = _sizes(parameters, flops.model, memory, facts)
+    if config.adapt.freezes:
+        count = num_adapter(model, config.adapt)  # type: ignore[arg-type]
+        sizes[1:1] = [f"trained: {count['trained']:,}, of which the adapter adds {count['added']:,}"]
     lines = [to_yaml(config), batch_equation(config, facts.data), *_layout(config, facts), _length(config, course)]
-    return "\n".join([*lines, *_sizes(parameters, flops.model, memory, facts), f"device: {device}"])
+    return "\n".join([*lines, *sizes, f"device: {device}"])
 
 
 def rank_memory(config: Config, facts: Facts) -> dict[str, int]:
@@ -60,7 +73,7 @@ def rank_memory(config: Config, facts: Facts) -> dict[str, int]:
     micro_batches = math.ceil(config.global_batch() / (facts.data * config.batch.micro))
     work = Work.of(config, micro_batches, compiled=wants_compile(config), target=row_lengths(config)[1])
     layout = Layout.of(parallel, facts.world, facts.stages) if facts.world > 1 else None
-    stages = stage_layers(config, facts)
+    stages, adapter = stage_layers(config, facts), described_adapter(config)
     ranks = [
         step_memory(
             model,  # type: ignore[arg-type]
@@ -70,6 +83,7 @@ def rank_memory(config: Config, facts: Facts) -> dict[str, int]:
             place=Place(pipeline=index),
             stages=stages if facts.pipeline > 1 else None,
             offload=parallel.offload,
+            adapter=adapter,
         )
         for index in range(facts.pipeline)
     ]

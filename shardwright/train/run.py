@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from shardwright.adapt import adapter_names
 from shardwright.checkpoint import CheckpointError, CheckpointWriter, discard_newer
 from shardwright.checkpoint.ranks import Ranks, open_ranks
 from shardwright.config import Config, RunError
@@ -24,6 +25,7 @@ from shardwright.parallel.mesh import World, join_world, world_size
 from shardwright.parallel.peers import watch_peers
 from shardwright.parallel.proposals import check_layout
 from shardwright.parallel.refusals import layout_warnings
+from shardwright.train.adapters import take_adapter
 from shardwright.train.begin import check_begin, keep_companions, take_weights
 from shardwright.train.build import (
     Corpus,
@@ -167,7 +169,10 @@ class Run:
         if checkpoint is not None:
             self._restore(checkpoint)
         elif self.config.begin is not None:
-            take_weights(self.step, self.config.begin)
+            added = adapter_names(self.config.model, self.config.adapt)  # type: ignore[arg-type]
+            take_weights(self.step, self.config.begin, added)
+            if self.config.adapt.begin is not None:
+                take_adapter(self.step, self.config)
             self._save()  # so that a replay, too, begins there
         elif "rollback" in (self.config.guard.nonfinite, self.config.guard.spike):
             self._save()  # the place that a roll-back before the first checkpoint goes to

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class LossModel(nn.Module):
 
     def inputs(self, batch: Batch) -> Inputs:
         """What the model reads of a batch."""
-        given = {name: batch[name] for name in Inputs._fields if name in batch}
+        given: dict[str, Any] = {name: batch[name] for name in Inputs._fields if name in batch}
         return Inputs(**given, step=self.number, seed=self.seed)
 
     def heads(self) -> Heads:

@@ -35,6 +35,7 @@ from shardwright.model.families import build_model
 from shardwright.parallel.logical import Logical
 from shardwright.parallel.mesh import World, join_world, world_size
 from shardwright.parallel.peers import watch_peers
+from shardwright.parallel.precision import Masters
 from shardwright.parallel.proposals import check_layout
 from shardwright.parallel.refusals import layout_warnings
 from shardwright.parallel.zero import ShardedMasters
@@ -180,7 +181,8 @@ def held_parts(step: Step, kind: Kind) -> dict[str, Held]:
     if isinstance(masters, GivesCopies):
         return {name: Copied(*part, counts=True) for name, part in masters.copies(kind).items()}
     if not isinstance(masters, ShardedMasters):
-        return {name: Held(Logical.whole(weight), weight, True) for name, weight in masters.weights.items()}
+        assert isinstance(masters, Masters)
+        return {name: Held(Logical.whole(part), part, True) for name, part in masters.parts.items()}
     return {
         name: Held(masters.logical[name], part, name not in masters.uncounted) for name, part in masters.parts.items()
     }
@@ -202,7 +204,7 @@ class Walk:
         self.step = build_step(config, world)
         optimizer = self.step.optimizer
         if isinstance(optimizer, Muon) and config.precision.compute in ("fp32", "fp64"):
-            optimizer.matmul_dtype = next(iter(self.step.masters.weights.values())).dtype
+            optimizer.matmul_dtype = self.step.scaler.scale.dtype
         self.retries = 0
 
     def steps(self, count: int) -> Iterator[tuple[int, Kind, Outcome | None]]:
@@ -247,7 +249,7 @@ def _run_alone(
     """
     walk = Walk(config, World(device=device))
     walk.step.stages.models[0].register_forward_pre_hook(lambda *_: beat())
-    weights = walk.step.masters.weights
+    weights = {name: part.local for name, part in held_parts(walk.step, "weight").items()}
     start = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
     for number, kind, outcome in walk.steps(steps):
         if kind == "gradient":

@@ -132,6 +132,14 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({**RING, "offload_activations": True}, "parallel.ring: .* use train.offload_activations=false or"),
         ({**RING, "pipeline": 2}, "parallel.ring: .* use parallel.pipeline=1 or"),
     ],
+    "frozen parameters in a pipeline": [({"pipeline": 2, "frozen": True}, "parallel.pipeline=2: .* parallel.zero=3")],
+    "adapters": [
+        ({"tensor": 2, "adapter": "lora", "frozen": True}, "parallel.tensor=2: "),
+        ({"context": 2, "adapter": "prompt", "frozen": True}, "parallel.context=2: "),
+    ],
+    "frozen parameters under an engine": [
+        ({"engine": name, "frozen": True}, f"engine={name}: .*=native") for name in ("deepspeed", "accelerate")
+    ],
     "engine": [
         ({"engine": "deepspeed", "tensor": 2}, "engine=deepspeed: .* not parallel.tensor=2"),
         ({"engine": "accelerate", "context": 2, "pipeline": 2}, "engine=acc.* not parallel.pipeline=2 and p"),

@@ -105,7 +105,7 @@ def build(config: Config, world: World, objective: Objective) -> Built:
         accelerator.prepare_model(root)
         own = Masters(model, FORMATS[config.precision.compute])
         loop: Loop = AccelerateLoop(root, accelerator)
-        return Built(Stages({0: root}, loop, world), own, _optimizer(config, own.weights))
+        return Built(Stages({0: root}, loop, world), own, _optimizer(config, own.parts))
     if config.parallel.zero == 0:
         wrapped = accelerator.prepare_model(root)
         assert isinstance(wrapped, DistributedDataParallel)

@@ -1,0 +1,130 @@
+"""A run's adapter on its way to peft's files and back: what `shardwright export` and `adapt.begin` call for it.
+
+Stands on adapt, which computes with adapters, and on interop, which knows peft's files; exports.py and run.py call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwright.adapt import adapter_names, apply_adapter, trained_names, virtual_parts, virtual_vectors
+from shardwright.adapt.lora import LEAVES, merged
+from shardwright.checkpoint import StoredTensors, read_manifest
+from shardwright.config import AdaptConfig, Config, ConfigError, RunError
+from shardwright.interop import peft
+from shardwright.interop.check import Verdict
+from shardwright.model.families import build_model
+from shardwright.model.transformer import TransformerConfig
+from shardwright.parallel.logical import Logical
+from shardwright.train.imports import IMPORTED
+from shardwright.train.load import locate
+from shardwright.train.step import Step
+
+
+class Merged(Mapping[str, Tensor]):
+    """The model's own tensors out of a checkpoint, each with what LoRA adds to it. `meta`: as of `StoredTensors`."""
+
+    def __init__(self, stored: StoredTensors, adapt: AdaptConfig) -> None:
+        self._stored, self._adapt = stored, adapt
+        self.meta = {name: tensor for name, tensor in stored.meta.items() if name.rpartition(".")[2] not in LEAVES}
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer, _, leaf = name.rpartition(".")
+        weight = self._stored[name]
+        if leaf != "weight" or f"{layer}.{LEAVES[0]}" not in self._stored.meta:
+            return weight
+        a, b = (self._stored[f"{layer}.{part}"] for part in LEAVES)
+        return merged(weight, a, b, self._adapt.scale)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.meta)
+
+    def __len__(self) -> int:
+        return len(self.meta)
+
+
+def merge(stored: StoredTensors, config: Config) -> Merged:
+    """The base model with its adapter in it; ConfigError where it cannot be a part of matrices."""
+    if config.adapt.method not in ("none", "lora"):
+        raise ConfigError(
+            f"--merge: adapt.method={config.adapt.method} adds virtual tokens, which no matrix holds; export without it"
+        )
+    return Merged(stored, config.adapt)
+
+
+def adapter_files(config: Config, stored: StoredTensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(adapter_config.json, tensors) of a run's adapter; ConfigError where its files cannot hold what was trained."""
+    model: TransformerConfig = config.model  # type: ignore[assignment]
+    beside = trained_names(model, config.adapt) - adapter_names(model, config.adapt)
+    if beside:
+        raise ConfigError(
+            f"export: {sorted(beside)[0]} was trained beside the adapter, whose files lack it; export with --merge"
+        )
+    if config.adapt.method == "lora":
+        return peft.lora_files(model, config.adapt, _pairs(stored), _base(config))
+    return peft.virtual_files(model, config.adapt, _vectors(config, stored), _base(config))
+
+
+@torch.no_grad()
+def _vectors(config: Config, stored: StoredTensors) -> Tensor:
+    """What peft calls prompt_embeddings, of an adapter in a checkpoint."""
+    with torch.device("meta"):
+        model = build_model(config.model)  # type: ignore[arg-type]
+        apply_adapter(model, config.adapt)
+    added = adapter_names(config.model, config.adapt)  # type: ignore[arg-type]
+    for name in added:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(stored[name]))
+    return virtual_vectors(model, config.adapt)
+
+
+def _pairs(stored: StoredTensors) -> dict[str, tuple[Tensor, Tensor]]:
+    first, second = LEAVES
+    layers = [name.removesuffix(f".{first}") for name in stored if name.endswith(f".{first}")]
+    return {layer: (stored[f"{layer}.{first}"], stored[f"{layer}.{second}"]) for layer in layers}
+
+
+def _base(config: Config) -> str | None:
+    """What peft is told of the model beneath: the name that it was imported by, where that is known."""
+    if config.begin is None or not Path(config.begin).is_dir():
+        return None
+    return read_manifest(locate(config.begin)[1]).state.get(IMPORTED, {}).get("from")
+
+
+def check_adapter_files(folder: Path, tensors: Mapping[str, Tensor]) -> Verdict:
+    """Whether what was written reads back to the bit."""
+    _, found = peft.read_adapter(folder, list(peft.KINDS.values()))
+    same = found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name].cpu()) for name in found)
+    if not same:
+        raise RunError(f"{folder}: is not written: its files do not read back; report this with the config")
+    return Verdict(True, f"all {len(found)} tensors read back")
+
+
+@torch.no_grad()
+def take_adapter(step: Step, config: Config) -> None:
+    """Set a step's adapter, under any layout, to that of the folder which `adapt.begin` names."""
+    assert config.adapt.begin is not None
+    weights = step.masters.weights
+    model: TransformerConfig = config.model  # type: ignore[assignment]
+    if config.adapt.method != "lora":
+        vectors = peft.virtual_vectors(model, config.adapt, Path(config.adapt.begin))
+        for name, value in virtual_parts(model, config.adapt, vectors).items():
+            logical = Logical.of(weights[name])
+            logical.local.copy_(logical.part(value))
+        return step.masters.restore(weights)
+    layers = [name.removesuffix(f".{LEAVES[0]}") for name in weights if name.endswith(f".{LEAVES[0]}")]
+    pairs = peft.lora_pairs(model, config.adapt, Path(config.adapt.begin), layers)
+    for layer, (a, b) in pairs.items():
+        rank = a.shape[0]
+        for leaf, value, dim in ((LEAVES[0], a, 0), (LEAVES[1], b, 1)):
+            weight = weights[f"{layer}.{leaf}"]
+            logical = Logical.of(weight)
+            whole = logical.gather(logical.local).clone()  # columns that theirs lacks stay at zero in b
+            whole.narrow(dim, 0, rank).copy_(value)
+            logical.local.copy_(logical.part(whole))
+    step.masters.restore(weights)
