@@ -69,8 +69,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("roberta", "crammed", "deberta", "deberta_v2", "modernbert"), _MASKED),
     "bert": {**_MASKED, "sentence": "next"}, "albert": {**_MASKED, "sentence": "order"},
     "electra": {"name": "replaced"}, "xlnet": {"name": "permuted"}, "bart": _INFILL, "transformer": _INFILL,
-    # A kind whose targets are as long as the rows, so that every layout can cut them.
-    "t5": {"name": "span", "kind": "mass"},
+    "t5": {"name": "span"},
 }  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     **FAMILIES,
