@@ -42,7 +42,7 @@ def prune_by_magnitude(weight: Tensor, sparsity: float) -> Tensor:
 
 
 def prune_2_of_4(weight: Tensor, name: str) -> Tensor:
-    """`weight` [out, in] with the two smallest of every 4 neighbours of a row zero; ConfigError if they do not fit."""
+    """`weight` [out, in] with 2 zeros in every 4 of a row, the smallest; ConfigError where they do not fit."""
     from torch.ao.pruning import WeightNormSparsifier  # half a second that no other command should wait
 
     if weight.shape[1] % BLOCK:

@@ -407,6 +407,12 @@ def _quantized(f: Facts) -> str | None:
     )
 
 
+def _quantized_float64(f: Facts) -> str | None:
+    if not f.quantized or f.precision != "fp64":
+        return None
+    return "quantize: torchao rounds no float64; use precision.compute=fp32"
+
+
 def _keeps_zeros(f: Facts) -> str | None:
     if not f.keeps_zeros or f.engine == "native":
         return None
@@ -484,6 +490,7 @@ ROWS: tuple[Row, ...] = (
     Row("deepspeed offload", "of the optimizer from ZeRO 1 on; of parameters, and to nvme, at ZeRO 3", _engine_places),
     Row("teacher", "distillation goes with data parallelism and ZeRO: a teacher is whole on every rank", _teacher),
     Row("fake quantisation", "tensor ranks would part the groups of weights that share a scale", _quantized),
+    Row("float64 rounded", "torchao has no fake quantisation of it", _quantized_float64, fixed=True),
     Row("kept zeros", "engines own the weights and their update", _keeps_zeros, fixed=True),
     Row("offload", "one process keeps its masters beside the model", _offload, fixed=True),
     Row("attention dropout", "its masks depend on the layout: each rank draws its own", _attention_dropout, warns=True),

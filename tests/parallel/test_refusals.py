@@ -171,6 +171,7 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"distilled": True, "pipeline": 2, "context": 2}, "distill: .*pipeline=2 and parallel.context=2 would part"),
     ],
     "fake quantisation": [({"quantized": True, "tensor": 2}, "quantize: parallel.tensor=2 parts the rows")],
+    "float64 rounded": [({"quantized": True, "precision": "fp64"}, "quantize: torchao rounds no float64")],
     "kept zeros": [
         ({"keeps_zeros": True, "engine": "deepspeed", "data": 2}, "train.keep_zeros: engine=deepspeed owns")
     ],
@@ -304,6 +305,7 @@ def test_where_nothing_fits_it_is_said() -> None:
         {"engine": "deepspeed", "precision": "fp16"},
         {"engine": "deepspeed", "optimizer": "lamb"},
         {"engine": "accelerate", "keeps_zeros": True},
+        {"quantized": True, "precision": "fp64"},
     ],
     ids=str,
 )
