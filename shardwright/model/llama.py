@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from shardwright.config import meaning
-from shardwright.model.family import Family, HuggingFaceMap, TensorRule, weight_and_bias
+from shardwright.model.family import Family, HuggingFaceMap, TensorRule, class_rules, class_variants, weight_and_bias
 from shardwright.model.transformer import ActivationName, LanguageModel, TransformerConfig
 
 
@@ -58,6 +58,7 @@ def _layer(theirs: str, ours: str) -> tuple[TensorRule, TensorRule]:
 HUGGINGFACE = HuggingFaceMap(
     architecture="LlamaForCausalLM",
     model_type="llama",
+    variants={"LlamaForCausalLM": {"classify": "none"}, **class_variants("Llama")},
     fields={
         "vocab_size": ("vocab_size",),
         "layers": ("num_hidden_layers",),
@@ -118,6 +119,7 @@ HUGGINGFACE = HuggingFaceMap(
         *_layer("mlp.down_proj", "mlp.down"),
         TensorRule("model.norm.weight", ("final_norm.weight",)),
         TensorRule("lm_head.weight", ("head.weight",)),
+        *class_rules("score", "score"),
     ),
     tied=("lm_head.weight", "model.embed_tokens.weight"),
     prefix="model.",

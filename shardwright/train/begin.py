@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shardwright.checkpoint import find_newest, load, save
+from shardwright.checkpoint.integrity import read_manifest
 from shardwright.checkpoint.ranks import open_ranks
 from shardwright.config import Config, ConfigError, DeepSpeedConfig, ParallelConfig
 from shardwright.data.tokenizers import Tokenizer
@@ -26,6 +28,8 @@ from shardwright.train.position import Position, checkpoint_tensors
 from shardwright.train.settings import read_config
 from shardwright.train.step import Step
 from shardwright.train.writing import writing
+
+CLASSIFIER = "head.label."  # what names of a classifier's parameters begin with
 
 
 def begin(config: Config, theirs: Mapping[str, Tensor]) -> Path:
@@ -56,6 +60,16 @@ def begin(config: Config, theirs: Mapping[str, Tensor]) -> Path:
         return save(folder / CHECKPOINTS, checkpoint_tensors(step), state, step=0)
 
 
+def take_special_tokens(config: Config) -> None:
+    """Special tokens that `begin`'s model has got beyond its tokenizer's, and its vocabulary, where none are given."""
+    if config.begin is None or not (Path(config.begin) / CONFIG).is_file():
+        return
+    known, wanted = read_config(Path(config.begin) / CONFIG), config.objective.specials(config.data.sequence_length)
+    found = {use: number for use, number in known.objective.special_tokens.items() if use in wanted}
+    config.objective.special_tokens = {**found, **config.objective.special_tokens}
+    config.model.vocab_size = config.model.vocab_size or known.model.vocab_size
+
+
 def check_begin(config: Config, tokenizer: Tokenizer) -> None:
     """Make `begin` absolute; ConfigError where it names nothing that holds a model, or one of another tokenizer.
 
@@ -78,11 +92,28 @@ def check_begin(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def take_weights(step: Step, begin: str) -> None:
-    """Set the masters of a step, under any layout, to the weights that `begin` names. Every rank has to call it."""
-    weights = step.masters.weights
-    named = {f"model.{name}": weight for name, weight in weights.items()}
-    load(locate(begin)[1], named, within="model.", cast=True)
+    """Set the masters of a step, under any layout, to the weights that `begin` names. Every rank has to call it.
+
+    A classifier that begins from a model without one keeps its first values where that model has nothing like it.
+    """
+    weights, (folder, checkpoint) = step.masters.weights, locate(begin)
+    model = next(iter(step.stages.models.values())).model
+    before: Any = read_config(folder / CONFIG).model
+    new = before.classify == "none" and model.config.classify != "none"
+    names = {name: _known_as(name, model.pretrained) if new else name for name in weights}
+    stored = read_manifest(checkpoint).tensors if new else {}
+    lacking = {name for name in names if new and name.startswith(CLASSIFIER) and f"model.{names[name]}" not in stored}
+    named = {f"model.{names[name]}": weight for name, weight in weights.items() if name not in lacking}
+    load(checkpoint, named, within="model.", cast=True, partial_load=new)
     step.masters.restore(weights)
+
+
+def _known_as(name: str, pretrained: Mapping[str, str]) -> str:
+    """What a model without a classifier calls a parameter of one with it."""
+    for own, theirs in pretrained.items():
+        if name.startswith(own):
+            return theirs + name.removeprefix(own)
+    return name
 
 
 def keep_companions(folder: Path, config: Config, tokenizer: Tokenizer) -> None:
