@@ -75,7 +75,7 @@ def _read_fields(table: HuggingFaceMap, raw: Mapping[str, Any]) -> dict[str, Any
         if found is not _ABSENT and not matches:
             raise ValueError(f"config.json: {key}={found!r}: expected one of {', '.join(map(repr, values.values()))}")
         fields.update({field: matches[0]} if matches else {})
-    return fields
+    return {**fields, **table.read(raw)}
 
 
 def _read_classes(raw: Mapping[str, Any], table: HuggingFaceMap) -> int:
@@ -121,6 +121,8 @@ def write_config(config: TransformerConfig, folder: str = "") -> dict[str, Any]:
         said = value.values[0] if isinstance(value, OneOf) else value
         if said is not None or isinstance(value, Whatever):
             _put(raw, key, said, key)
+    for section, said in table.write(config).items():
+        raw[section] = {**raw.get(section, {}), **said}
     return raw | _write_classes(config, table)
 
 

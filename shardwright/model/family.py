@@ -104,6 +104,7 @@ class HuggingFaceMap:
     values: our config field -> (their key, {our value: their value}).
     ours: config fields of ours that their format cannot say otherwise.
     theirs: their keys that must have these values (one of `OneOf`), or be absent.
+    read, write: what no table can say: fields of ours from a config.json, and sections of theirs from our config.
     classifying: as `theirs`, of architectures that tell classes.
     defaults: what their keys are where a config.json leaves them out.
     tensors: every tensor. tied: their head and embedding, one tensor where the head is tied. copies: other names of the
@@ -127,6 +128,8 @@ class HuggingFaceMap:
     values: Mapping[str, tuple[str, Mapping[Any, Any]]] = field(default_factory=dict)
     ours: Mapping[str, Any] = field(default_factory=dict)
     theirs: Mapping[str, Any] = field(default_factory=dict)
+    read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda raw: {}
+    write: Callable[[Any], Mapping[str, Mapping[str, Any]]] = lambda config: {}
     classifying: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tied: tuple[str, str] = ("", "")

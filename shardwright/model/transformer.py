@@ -131,6 +131,11 @@ class TransformerConfig(ModelConfig):
         """Whether the feed-forward layer has a gate."""
         return ACTIVATIONS[self.activation].gated
 
+    @property
+    def slower(self) -> Callable[[Tensor], Tensor] | None:
+        """What changes the turns of rotary positions; see position.py."""
+        return None
+
     #: Whether blocks project a table that all of them share: no one of them has its gradient.
     projects_tables: ClassVar[bool] = False
 
@@ -379,7 +384,7 @@ class LanguageModel(nn.Module):
         mask, causal = build_mask(inputs, past, causal)
         cos, sin = None, None
         if self.config.positions == "rotary":
-            cos, sin = position.rotary(positions, self.config.head_width, self.config.rope_theta)
+            cos, sin = position.rotary(positions, self.config.head_width, self.config.rope_theta, self.config.slower)
         context = Context(positions, mask, causal, cos, sin, token_types=inputs.token_types)
         if not (self.training and self.config.has_dropout):
             return context

@@ -110,8 +110,8 @@ class Classify(Objective[Examples]):
 
     def _of_tokens(self, raw: Examples) -> Arrays:
         # As the ids, with no class at the ends.
-        none = [[0] * len(uses) for uses in (self.frame.before, self.frame.after)]
-        given, _ = fill_rows(raw.targets, *none, self.setting.length, 0)
+        before, after = ([0] * len(uses) for uses in (self.frame.before, self.frame.after))
+        given, _ = fill_rows(raw.targets, before, after, self.setting.length, 0)
         return _counted(given)
 
     def loss(
