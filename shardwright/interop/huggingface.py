@@ -59,9 +59,11 @@ def _read_fields(table: HuggingFaceMap, raw: Mapping[str, Any]) -> dict[str, Any
         found = _get(raw, key)
         if found is not _ABSENT and expected != found:
             raise ValueError(f"config.json: {key}={found!r} is not supported here; expected {expected!r}")
+    fields: dict[str, Any] = {**table.variants.get(_architecture(raw, table), {})}
+    if fields.get("classify", "none") != "none":
+        fields["classes"] = _read_classes(raw, table)
     for keys in table.alike:
         _check_alike({key: raw[key] for key in keys if raw.get(key) is not None})
-    fields: dict[str, Any] = dict(table.variants.get(_architecture(raw, table), {}))
     for field, keys in table.fields.items():
         found = next((v for v in (_get(raw, k) for k in keys) if v is not _ABSENT), _ABSENT)
         if found is not _ABSENT:
@@ -73,7 +75,24 @@ def _read_fields(table: HuggingFaceMap, raw: Mapping[str, Any]) -> dict[str, Any
         if found is not _ABSENT and not matches:
             raise ValueError(f"config.json: {key}={found!r}: expected one of {', '.join(map(repr, values.values()))}")
         fields.update({field: matches[0]} if matches else {})
-    return fields
+    return {**fields, **table.read(raw)}
+
+
+def _read_classes(raw: Mapping[str, Any], table: HuggingFaceMap) -> int:
+    """How many classes an architecture tells; ValueError where it does so otherwise than ours."""
+    for key, expected in {**table.classifying, "problem_type": OneOf(None, "single_label_classification")}.items():
+        if key in raw and expected != raw[key]:
+            raise ValueError(f"config.json: {key}={raw[key]!r} is not supported here; expected {expected!r}")
+    names = raw.get("id2label")
+    return len(names) if names else int(raw.get("num_labels") or 2)
+
+
+def _write_classes(config: TransformerConfig, table: HuggingFaceMap) -> dict[str, Any]:
+    """What config.json says of classes; their names are numbers."""
+    if config.classify == "none":
+        return {}
+    names = {str(n): f"LABEL_{n}" for n in range(config.classes)}
+    return {**table.classifying, "id2label": names, "label2id": {name: int(n) for n, name in names.items()}}
 
 
 def write_config(config: TransformerConfig, folder: str = "") -> dict[str, Any]:
@@ -102,7 +121,9 @@ def write_config(config: TransformerConfig, folder: str = "") -> dict[str, Any]:
         said = value.values[0] if isinstance(value, OneOf) else value
         if said is not None or isinstance(value, Whatever):
             _put(raw, key, said, key)
-    return raw
+    for section, said in table.write(config).items():
+        raw[section] = {**raw.get(section, {}), **said}
+    return raw | _write_classes(config, table)
 
 
 def may_be_beside(raw: Mapping[str, Any]) -> list[str]:

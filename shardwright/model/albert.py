@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from shardwright.config import meaning
 from shardwright.model import bert
 from shardwright.model.encoder import Encoder, EncoderConfig
-from shardwright.model.family import Family, HuggingFaceMap, TensorRule, weight_and_bias
+from shardwright.model.family import Family, HuggingFaceMap, TensorRule, class_rules, class_variants, weight_and_bias
 from shardwright.model.transformer import ActivationName
 
 
@@ -53,7 +53,11 @@ _LAYER = "albert.encoder.albert_layer_groups.0.albert_layers.0."
 HUGGINGFACE = HuggingFaceMap(
     architecture="AlbertForPreTraining",
     model_type="albert",
-    variants={"AlbertForPreTraining": {"sentence_head": True}, "AlbertForMaskedLM": {"sentence_head": False}},
+    variants={
+        "AlbertForPreTraining": {"sentence_head": True, "classify": "none"},
+        "AlbertForMaskedLM": {"sentence_head": False, "classify": "none"},
+        **class_variants("Albert"),
+    },
     fields={**bert.FIELDS, "max_length": ("max_position_embeddings",), "embed_width": ("embedding_size",)},
     values=bert.ACTIVATION,
     ours={**{field: value for field, value in bert.OURS.items() if field != "embed_width"}, "position_offset": 0},
@@ -87,6 +91,7 @@ HUGGINGFACE = HuggingFaceMap(
         *weight_and_bias("predictions.dense", "head.transform.dense"),
         *weight_and_bias("predictions.LayerNorm", "head.transform.norm"),
         *weight_and_bias("sop_classifier.classifier", "head.sentence.classifier"),
+        *class_rules("classifier", "classifier", "albert.pooler"),
     ),
     tied=("predictions.decoder.weight", "albert.embeddings.word_embeddings.weight"),
     spare=(

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from shardwright.config import meaning
 from shardwright.model.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from shardwright.model.family import Family, HuggingFaceMap, TensorRule, weight_and_bias
+from shardwright.model.family import Family, HuggingFaceMap, TensorRule, class_rules, weight_and_bias
 from shardwright.model.transformer import ActivationName
 
 
@@ -122,6 +122,7 @@ TENSORS: tuple[TensorRule, ...] = (
     *weight_and_bias("model.decoder.layers.{m}.encoder_attn_layer_norm", "blocks.{m}.cross_norm"),
     TensorRule("lm_head.weight", ("head.weight",)),
     TensorRule("final_logits_bias", ("head.bias",), row=True),
+    *class_rules("classification_head.out_proj", "", "classification_head.dense"),
 )
 TIED = ("lm_head.weight", "model.shared.weight")
 COPIES = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
@@ -130,6 +131,10 @@ ZERO = {"final_logits_bias": "model.head_bias=true"}
 HUGGINGFACE = HuggingFaceMap(
     architecture="BartForConditionalGeneration",
     model_type="bart",
+    variants={
+        "BartForConditionalGeneration": {"classify": "none"},
+        "BartForSequenceClassification": {"classify": "text"},
+    },
     fields=FIELDS,
     alike=ALIKE,
     values=ACTIVATION,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from shardwright.config import meaning
 from shardwright.model.encoder import Encoder, EncoderConfig
-from shardwright.model.family import Family, HuggingFaceMap, TensorRule, weight_and_bias
+from shardwright.model.family import Family, HuggingFaceMap, TensorRule, class_rules, class_variants, weight_and_bias
 
 
 class BertConfig(EncoderConfig):
@@ -97,7 +97,11 @@ def stack_rules(prefix: str) -> tuple[TensorRule, ...]:
 HUGGINGFACE = HuggingFaceMap(
     architecture="BertForPreTraining",
     model_type="bert",
-    variants={"BertForPreTraining": {"sentence_head": True}, "BertForMaskedLM": {"sentence_head": False}},
+    variants={
+        "BertForPreTraining": {"sentence_head": True, "classify": "none"},
+        "BertForMaskedLM": {"sentence_head": False, "classify": "none"},
+        **class_variants("Bert"),
+    },
     fields={**FIELDS, "max_length": ("max_position_embeddings",)},
     values=ACTIVATION,
     ours={**OURS, "position_offset": 0},
@@ -111,6 +115,7 @@ HUGGINGFACE = HuggingFaceMap(
         *weight_and_bias("cls.predictions.transform.dense", "head.transform.dense"),
         *weight_and_bias("cls.predictions.transform.LayerNorm", "head.transform.norm"),
         *weight_and_bias("cls.seq_relationship", "head.sentence.classifier"),
+        *class_rules("classifier", "classifier", "bert.pooler.dense"),
     ),
     tied=("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
     spare=(

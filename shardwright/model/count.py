@@ -138,7 +138,10 @@ def block_flops(
 
 
 def head_flops(c: TransformerConfig, length: int, predicted: float) -> float:
-    """Of the heads, a token: that of tokens on the share `predicted`, that of pairs once a sequence."""
+    """Of the heads, a token: that of tokens on the share `predicted`, that of pairs or texts once a sequence."""
+    if c.classify != "none":
+        pooler = c.width * (c.classify == "text" and c.class_pooler is not None)
+        return 2.0 * c.width * (pooler + c.classes) / (length if c.classify == "text" else 1)
     if isinstance(c, ElectraConfig):  # whether each token was replaced
         return 2.0 * c.width * (c.width + 1)
     tokens = 2.0 * c.token_width * c.vocab_size

@@ -21,7 +21,16 @@ from shardwright.config import meaning
 from shardwright.model import bert
 from shardwright.model.disentangled import ConvolvedBlock, DecodingBlock, DisentangledBlock, Relative, near_tokens
 from shardwright.model.encoder import Encoder, EncoderConfig
-from shardwright.model.family import Extra, Family, HuggingFaceMap, OneOf, TensorRule, weight_and_bias
+from shardwright.model.family import (
+    Extra,
+    Family,
+    HuggingFaceMap,
+    OneOf,
+    TensorRule,
+    class_rules,
+    class_variants,
+    weight_and_bias,
+)
 from shardwright.model.transformer import Cache, Context, Inputs
 
 
@@ -29,6 +38,7 @@ class DebertaConfig(EncoderConfig):
     """v1's choices."""
 
     projects_tables: ClassVar[bool] = True
+    class_pooler: ClassVar[Literal["tanh", "gelu"] | None] = "gelu"
 
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {
         "base": {"layers": 12, "width": 768, "heads": 12},
@@ -51,6 +61,8 @@ class DebertaConfig(EncoderConfig):
 
     @model_validator(mode="after")
     def _check_attention(self) -> DebertaConfig:
+        if self.classify != "none":
+            self.__dict__["mask_decoder"] = False  # it is for masked tokens alone
         if self.num_kv_heads != self.heads or self.qk_norm:
             raise ValueError("disentangled attention has a key head for each query head, without norms; drop kv_heads "
                              "and qk_norm")  # fmt: skip
@@ -161,6 +173,7 @@ _THEIRS: dict[str, Any] = {
     "legacy": OneOf(False, True),
     "tie_word_embeddings": True,
 }
+_CLASSIFYING = {"pooler_hidden_act": "gelu"}
 _OURS: dict[str, Any] = {
     **{field: value for field, value in bert.OURS.items() if field != "positions"},
     "position_offset": 0,
@@ -205,12 +218,15 @@ def _rules() -> tuple[TensorRule, ...]:
         *weight_and_bias("lm_predictions.lm_head.dense", "head.transform.dense"),
         *weight_and_bias("lm_predictions.lm_head.LayerNorm", "head.transform.norm"),
         TensorRule("lm_predictions.lm_head.bias", ("head.bias",)),
+        *class_rules("classifier", "classifier", "pooler.dense"),
     )
 
 
 HUGGINGFACE = HuggingFaceMap(
     architecture="DebertaForMaskedLM",
     model_type="deberta",
+    variants={"DebertaForMaskedLM": {"classify": "none"}, **class_variants("Deberta")},
+    classifying=_CLASSIFYING,
     fields=_FIELDS,
     values={**bert.ACTIVATION, **_POSITIONS},
     ours={
@@ -245,6 +261,8 @@ HUGGINGFACE = HuggingFaceMap(
 HUGGINGFACE_V2 = HuggingFaceMap(
     architecture="DebertaV2ForMaskedLM",
     model_type="deberta-v2",
+    variants={"DebertaV2ForMaskedLM": {"classify": "none"}, **class_variants("DebertaV2")},
+    classifying=_CLASSIFYING,
     fields={
         **_FIELDS,
         "head_dim": ("attention_head_size",),

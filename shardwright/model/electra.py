@@ -19,7 +19,16 @@ from shardwright.config import meaning
 from shardwright.model import bert
 from shardwright.model.dropout import layer_keys
 from shardwright.model.encoder import Encoder, EncoderConfig, SegmentEmbed
-from shardwright.model.family import Beside, Extra, Family, HuggingFaceMap, TensorRule, weight_and_bias
+from shardwright.model.family import (
+    Beside,
+    Extra,
+    Family,
+    HuggingFaceMap,
+    TensorRule,
+    class_rules,
+    class_variants,
+    weight_and_bias,
+)
 from shardwright.model.layers import ACTIVATIONS, Linear
 from shardwright.model.transformer import (
     Block,
@@ -44,6 +53,7 @@ class ElectraConfig(EncoderConfig):
     }
 
     kind: ClassVar[str] = "generator and discriminator"
+    class_pooler: ClassVar[Literal["tanh", "gelu"] | None] = "gelu"
     family: Literal["electra"] = meaning("electra", "Model family")
     generator_layers: int | None = meaning(
         None, "Blocks of the generator; null is as many as the stack's, 0 none", ge=0
@@ -56,6 +66,16 @@ class ElectraConfig(EncoderConfig):
     def _plain_width(self) -> ElectraConfig:
         if self.embed_width == self.width:
             self.__dict__["embed_width"] = None  # nothing is projected
+        return self
+
+    @model_validator(mode="after")
+    def _discriminates(self) -> ElectraConfig:
+        if self.classify != "none":
+            if self.generator_layers:
+                raise ValueError(
+                    f"generator_layers={self.generator_layers}: nothing trains a generator beside a classifier; use 0"
+                )
+            self.__dict__["generator_layers"] = 0
         return self
 
     def one_of_each(self) -> TransformerConfig:
@@ -170,7 +190,6 @@ class Electra(Encoder):
 
     config: ElectraConfig
     embed: ElectraEmbed | None
-    head: ElectraHead | None  # type: ignore[assignment]
 
     def build_embed(self, config: Any) -> Embed:
         """The shared embedding and the generator."""
@@ -182,7 +201,8 @@ class Electra(Encoder):
 
     def other_heads(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """`replaced`: [..., D] -> [...]."""
-        return {} if self.head is None else {"replaced": self.head.replaced}
+        found = getattr(self.head, "replaced", None)
+        return super().other_heads() if found is None else {"replaced": found}
 
     @property
     def generator(self) -> Generator:
@@ -232,10 +252,14 @@ class Electra(Encoder):
         position_ids: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """`logits` [B, T] that a token was replaced, as Hugging Face's ElectraForPreTraining gives them."""
+        """`logits` [B, T] that a token was replaced, as Hugging Face's ElectraForPreTraining gives them.
+
+        Of a classifier as every encoder's.
+        """
         inputs = Inputs(input_ids, position_ids, documents, attention_mask, token_types=token_type_ids)
         assert self.head is not None, "a part without the head has no logits"
-        return {"logits": self.head.replaced(self.hidden(inputs))}
+        hidden = self.hidden(inputs)
+        return self.answer(hidden, inputs) if self.config.classify != "none" else {"logits": self.head.replaced(hidden)}
 
     def draft_logits(
         self,
@@ -315,6 +339,7 @@ GENERATOR = HuggingFaceMap(
 HUGGINGFACE = HuggingFaceMap(
     architecture="ElectraForPreTraining",
     model_type="electra",
+    variants={"ElectraForPreTraining": {"classify": "none"}, **class_variants("Electra")},
     fields=SHARED_FIELDS,
     values=bert.ACTIVATION,
     ours={**OURS, "sentence_head": False},
@@ -326,6 +351,7 @@ HUGGINGFACE = HuggingFaceMap(
         *block_rules(""),
         *weight_and_bias("discriminator_predictions.dense", "head.replaced.dense"),
         *weight_and_bias("discriminator_predictions.dense_prediction", "head.replaced.classifier"),
+        *class_rules("classifier.out_proj", "classifier", "classifier.dense"),
     ),
     prefix="electra.",
     ignored=(".position_ids", ".token_type_ids"),

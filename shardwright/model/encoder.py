@@ -6,7 +6,7 @@ Stands on transformer.py, whose blocks and stack they are; a family (bert.py, ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,6 +32,8 @@ class EncoderConfig(TransformerConfig):
 
     kind: ClassVar[str] = "encoder"
     causal: ClassVar[bool] = False
+    class_token: ClassVar[Literal["first", "last"]] = "first"
+    class_pooler: ClassVar[Literal["tanh", "gelu"] | None] = "tanh"
 
     max_length: int = meaning(512, "Longest sequence", ge=1)
     norm_eps: float = meaning(1e-12, "Added to the variance", gt=0)
@@ -122,7 +124,7 @@ class EncoderHead(Head):
 class Encoder(LanguageModel):
     """An encoder with a language-model head."""
 
-    head: EncoderHead | None
+    pretrained: ClassVar[Mapping[str, str]] = {"head.label.pooler.dense.": "head.sentence.pooler."}
     #: What Hugging Face calls the logits of the head for pairs.
     pairs: ClassVar[str] = "seq_relationship_logits"
 
@@ -137,8 +139,8 @@ class Encoder(LanguageModel):
 
     def other_heads(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """`sentence`: [N, D] of first tokens -> [N, 2]."""
-        found = None if self.head is None else self.head.sentence
-        return {} if found is None else {"sentence": found}
+        found = getattr(self.head, "sentence", None)
+        return super().other_heads() if found is None else {"sentence": found}
 
     def forward(  # type: ignore[override]
         self,
@@ -150,10 +152,9 @@ class Encoder(LanguageModel):
     ) -> dict[str, Tensor]:
         """`logits` [B, T, V] under Hugging Face's names, and those of pairs [B, 2] where there is that head.
 
-        `documents` [B, T] keeps packed documents apart.
+        Of a classifier [B, C], at the first token, or [B, T, C]. `documents` [B, T] keeps packed documents apart.
         """
         inputs = Inputs(input_ids, position_ids, documents, attention_mask, token_types=token_type_ids)
         hidden = self.hidden(inputs)
-        pairs = {name: head(hidden[:, 0]) for name, head in self.other_heads().items()}
-        answer = {"logits": self.logits(hidden)}
-        return {**answer, self.pairs: pairs["sentence"]} if pairs else answer
+        answer, sentence = self.answer(hidden, inputs), getattr(self.head, "sentence", None)
+        return answer if sentence is None else {**answer, self.pairs: sentence(hidden[:, 0])}

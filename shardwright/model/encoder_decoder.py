@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from shardwright.config import meaning
@@ -37,6 +38,7 @@ class EncoderDecoderConfig(TransformerConfig):
     """Shape and choices of two stacks that differ in the number of their blocks alone."""
 
     kind: ClassVar[str] = "encoder-decoder"
+    class_pooler: ClassVar[Literal["tanh", "gelu"] | None] = "tanh"
     causal: ClassVar[bool] = False  # of the source every token sees every other
 
     layers: int = meaning(6, "Blocks of the encoder", ge=1)
@@ -44,6 +46,12 @@ class EncoderDecoderConfig(TransformerConfig):
     max_length: int = meaning(512, "Longest sequence, of a source or a target", ge=1)
     sinusoid: Literal["halves", "interleaved"] = meaning("halves", "Where sines and cosines stand among the channels")
     scale_logits: bool = meaning(False, "Hidden states over the root of the width before the head")
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> EncoderDecoderConfig:
+        if self.classify == "tokens":
+            raise ValueError("classify=tokens: an encoder-decoder tells classes of texts alone; use an encoder")
+        return self
 
     @property
     def num_decoder_layers(self) -> int:
@@ -292,6 +300,7 @@ class EncoderDecoder(LanguageModel):
         """Logits [B, T, V] of the target under Hugging Face's names: `input_ids` [B, S] are the source.
 
         `documents` [B, S] and `decoder_documents` [B, T] keep packed pairs apart, each sees its own source alone.
+        A classifier's are [B, C], at the last token of the target that `decoder_attention_mask` leaves.
         """
         if decoder_input_ids is None:
             raise ValueError("decoder_input_ids: is missing; give the target, moved right by one")
@@ -305,7 +314,7 @@ class EncoderDecoder(LanguageModel):
             encoder_documents=documents,
             encoder_mask=attention_mask,
         )
-        return {"logits": self.logits(self.hidden(inputs, cache=cache))}
+        return self.answer(self.hidden(inputs, cache=cache), inputs)
 
 
 def source_inputs(inputs: Inputs) -> Inputs:

@@ -6,7 +6,7 @@ A family's own file makes one `Family`; families.py merges them into a table; in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +76,22 @@ def weight_and_bias(theirs: str, ours: str) -> tuple[TensorRule, TensorRule]:
     return TensorRule(f"{theirs}.weight", (f"{ours}.weight",)), TensorRule(f"{theirs}.bias", (f"{ours}.bias",))
 
 
+def class_variants(stem: str) -> dict[str, dict[str, Any]]:
+    """The architectures that tell classes, of a family whose others begin with `stem`."""
+    return {
+        f"{stem}ForSequenceClassification": {"classify": "text"},
+        f"{stem}ForTokenClassification": {"classify": "tokens"},
+    }
+
+
+def class_rules(text: str, tokens: str, pooler: str | None = None) -> tuple[TensorRule, ...]:
+    """Their classifiers of texts and of tokens, and the layer before that of texts."""
+    ours = "head.label.classifier"
+    named = ((text, "text"), (tokens, "tokens"))
+    rules = [replace(r, when=("classify", of)) for theirs, of in named for r in weight_and_bias(theirs, ours)]
+    return (*rules, *(weight_and_bias(pooler, "head.label.pooler.dense") if pooler else ()))
+
+
 @dataclass(frozen=True)
 class HuggingFaceMap:
     """How a family is written in Hugging Face's names.
@@ -88,6 +104,8 @@ class HuggingFaceMap:
     values: our config field -> (their key, {our value: their value}).
     ours: config fields of ours that their format cannot say otherwise.
     theirs: their keys that must have these values (one of `OneOf`), or be absent.
+    read, write: what no table can say: fields of ours from a config.json, and sections of theirs from our config.
+    classifying: as `theirs`, of architectures that tell classes.
     defaults: what their keys are where a config.json leaves them out.
     tensors: every tensor. tied: their head and embedding, one tensor where the head is tied. copies: other names of the
     embedding, which their files may have. zero: tensors that a model without a place for them may have as zeros, and
@@ -110,6 +128,9 @@ class HuggingFaceMap:
     values: Mapping[str, tuple[str, Mapping[Any, Any]]] = field(default_factory=dict)
     ours: Mapping[str, Any] = field(default_factory=dict)
     theirs: Mapping[str, Any] = field(default_factory=dict)
+    read: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda raw: {}
+    write: Callable[[Any], Mapping[str, Mapping[str, Any]]] = lambda config: {}
+    classifying: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     tied: tuple[str, str] = ("", "")
     copies: tuple[str, ...] = ()

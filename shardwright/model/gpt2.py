@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from shardwright.config import meaning
-from shardwright.model.family import Family, HuggingFaceMap, TensorRule
+from shardwright.model.family import Family, HuggingFaceMap, TensorRule, class_rules, class_variants
 from shardwright.model.transformer import LanguageModel, TransformerConfig
 
 
@@ -29,6 +29,7 @@ class GPT2Config(TransformerConfig):
 HUGGINGFACE = HuggingFaceMap(
     architecture="GPT2LMHeadModel",
     model_type="gpt2",
+    variants={"GPT2LMHeadModel": {"classify": "none"}, **class_variants("GPT2")},
     fields={
         "vocab_size": ("vocab_size",),
         "layers": ("n_layer",),
@@ -89,6 +90,7 @@ HUGGINGFACE = HuggingFaceMap(
         TensorRule("transformer.ln_f.weight", ("final_norm.weight",)),
         TensorRule("transformer.ln_f.bias", ("final_norm.bias",)),
         TensorRule("lm_head.weight", ("head.weight",)),
+        *class_rules("score", "classifier"),
     ),
     tied=("lm_head.weight", "transformer.wte.weight"),
     prefix="transformer.",

@@ -5,11 +5,27 @@ A line of families.py. Also the home of a modern recipe: `qk_norm`, a tied head 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from shardwright.config import meaning
-from shardwright.model.family import Family, HuggingFaceMap, TensorRule, weight_and_bias
+from shardwright.model.family import Family, HuggingFaceMap, TensorRule, class_rules, class_variants, weight_and_bias
+from shardwright.model.scaling import ScalingConfig
 from shardwright.model.transformer import ActivationName, LanguageModel, TransformerConfig
+
+#: What sizes of 3.1 and of 3.2 have in common.
+_SLOWER = {"kind": "llama3", "low": 1.0, "high": 4.0, "length": 8192}
+_LONG = {
+    "kv_heads": 8,
+    "max_length": 131072,
+    "rope_theta": 500000.0,
+    "rope_scaling": {**_SLOWER, "factor": 8.0},
+}
+_LONGER = {
+    **_LONG,
+    "tied": True,
+    "rope_scaling": {"kind": "llama3", "factor": 32.0, "low": 1.0, "high": 4.0, "length": 8192},
+}
 
 
 class LlamaConfig(TransformerConfig):
@@ -37,11 +53,17 @@ class LlamaConfig(TransformerConfig):
             "max_length": 8192,
             "rope_theta": 500000.0,
         },
+        "3.1-8B": {"layers": 32, "width": 4096, "heads": 32, "mlp_width": 14336, **_LONG},
+        "3.1-70B": {"layers": 80, "width": 8192, "heads": 64, "mlp_width": 28672, **_LONG},
+        "3.1-405B": {"layers": 126, "width": 16384, "heads": 128, "mlp_width": 53248, **_LONG},
+        "3.2-1B": {"layers": 16, "width": 2048, "heads": 32, "mlp_width": 8192, **_LONGER},
+        "3.2-3B": {"layers": 28, "width": 3072, "heads": 24, "mlp_width": 8192, **_LONGER},
     }
 
     family: Literal["llama"] = meaning("llama", "Model family")
     max_length: int = meaning(4096, "Longest sequence", ge=1)
     positions: Literal["learned", "sinusoidal", "rotary", "none"] = meaning("rotary", "How positions enter")
+    rope_scaling: ScalingConfig | None = meaning(None, "Slower turns of rotary positions, for longer sequences")
     norm: Literal["layer", "rms"] = meaning("rms", "Kind of norm")
     activation: ActivationName = meaning("swiglu", "Feed-forward activation")
     qkv_bias: bool = meaning(False, "Biases of q, k and v")
@@ -49,15 +71,54 @@ class LlamaConfig(TransformerConfig):
     mlp_bias: bool = meaning(False, "Biases of the feed-forward layer")
     tied: bool = meaning(False, "The head is the token embedding")
 
+    @property
+    def slower(self) -> ScalingConfig | None:
+        """See the base class."""
+        return self.rope_scaling
+
 
 def _layer(theirs: str, ours: str) -> tuple[TensorRule, TensorRule]:
     """Weight and, where there is one, bias of a part of a layer."""
     return weight_and_bias(f"model.layers.{{n}}.{theirs}", f"blocks.{{n}}.{ours}")
 
 
+#: Our field of a scaling -> their key.
+_SCALING = {
+    "factor": "factor",
+    "low": "low_freq_factor",
+    "high": "high_freq_factor",
+    "length": "original_max_position_embeddings",
+}
+
+
+def read_scaling(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_scaling` from a config.json, which has it in either of two sections; ValueError for a kind unknown here."""
+    given = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "default":
+        return {}
+    if kind not in ("linear", "llama3"):
+        raise ValueError(f"config.json: rope_type={kind!r} is not supported here; expected default, linear or llama3")
+    keys = _SCALING if kind == "llama3" else {"factor": "factor"}
+    if lacking := [key for key in keys.values() if key not in given]:
+        raise ValueError(f"config.json: rope_type={kind!r} needs {lacking[0]} beside it")
+    return {"rope_scaling": {"kind": kind, **{ours: given[key] for ours, key in keys.items()}}}
+
+
+def write_scaling(config: LlamaConfig) -> dict[str, dict[str, Any]]:
+    """What their config.json has of it, by section; `rope_scaling` is that of older versions."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {"rope_parameters": {"rope_type": "default"}}
+    keys = _SCALING if scaling.kind == "llama3" else {"factor": "factor"}
+    said = {"rope_type": scaling.kind, **{key: getattr(scaling, ours) for ours, key in keys.items()}}
+    return {"rope_parameters": said, "rope_scaling": said}
+
+
 HUGGINGFACE = HuggingFaceMap(
     architecture="LlamaForCausalLM",
     model_type="llama",
+    variants={"LlamaForCausalLM": {"classify": "none"}, **class_variants("Llama")},
     fields={
         "vocab_size": ("vocab_size",),
         "layers": ("num_hidden_layers",),
@@ -96,7 +157,8 @@ HUGGINGFACE = HuggingFaceMap(
         "embed_dropout": 0.0,
         "residual_dropout": 0.0,
     },
-    theirs={"rope_parameters.rope_type": "default", "rope_scaling": None},
+    read=read_scaling,
+    write=write_scaling,
     defaults={
         "vocab_size": 32000,
         "num_hidden_layers": 32,
@@ -119,6 +181,7 @@ HUGGINGFACE = HuggingFaceMap(
         *_layer("mlp.down_proj", "mlp.down"),
         TensorRule("model.norm.weight", ("final_norm.weight",)),
         TensorRule("lm_head.weight", ("head.weight",)),
+        *class_rules("score", "score"),
     ),
     tied=("lm_head.weight", "model.embed_tokens.weight"),
     prefix="model.",

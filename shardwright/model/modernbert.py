@@ -8,6 +8,7 @@ that see one cost what the others cost.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,8 +18,18 @@ from torch import Tensor, nn
 from shardwright.config import meaning
 from shardwright.model import bert, position
 from shardwright.model.attention import LayerCache
-from shardwright.model.encoder import Encoder, EncoderConfig
-from shardwright.model.family import Family, HuggingFaceMap, OneOf, TensorRule, Whatever, weight_and_bias
+from shardwright.model.classifier import ClassHead
+from shardwright.model.encoder import Encoder, EncoderConfig, Transform
+from shardwright.model.family import (
+    Family,
+    HuggingFaceMap,
+    OneOf,
+    TensorRule,
+    Whatever,
+    class_rules,
+    class_variants,
+    weight_and_bias,
+)
 from shardwright.model.transformer import ActivationName, Block, Cache, Context, Inputs
 
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -86,6 +97,12 @@ class LocalBlock(Block):
 class ModernBert(Encoder):
     """An encoder whose blocks see windows or all."""
 
+    pretrained: ClassVar[Mapping[str, str]] = {"head.label.pooler.": "head.transform."}
+
+    def build_label(self, config: Any) -> ClassHead:
+        """Classes are told from what tokens are."""
+        return ClassHead(config.width, config.classes, Transform(config))
+
     def build_block(self, config: Any, number: int) -> nn.Module:
         """As `layer_types` says; the first has the embedding's norm before it."""
         block = (Block if config.sees[number] == "full_attention" else LocalBlock)(config)
@@ -126,6 +143,8 @@ def _joined(theirs: str, ours: tuple[str, ...]) -> tuple[TensorRule, ...]:
 HUGGINGFACE = HuggingFaceMap(
     architecture="ModernBertForMaskedLM",
     model_type="modernbert",
+    variants={"ModernBertForMaskedLM": {"classify": "none"}, **class_variants("ModernBert")},
+    classifying={"classifier_pooling": "cls"},
     fields={
         **{field: bert.FIELDS[field] for field in ("vocab_size", "layers", "width", "heads", "mlp_width", "tied")},
         "max_length": ("max_position_embeddings",),
@@ -175,6 +194,8 @@ HUGGINGFACE = HuggingFaceMap(
         *weight_and_bias("model.final_norm", "final_norm"),
         *weight_and_bias("head.dense", "head.transform.dense"),
         *weight_and_bias("head.norm", "head.transform.norm"),
+        *class_rules("classifier", "classifier", "head.dense"),
+        *weight_and_bias("head.norm", "head.label.pooler.norm"),
         TensorRule("decoder.weight", ("head.weight",)),
         TensorRule("decoder.bias", ("head.bias",)),
     ),

@@ -8,6 +8,7 @@ d head width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +48,14 @@ class ScaledSinusoids(nn.Module):
         return self.scale * sinusoidal(positions, self.width).to(self.scale.dtype)
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """float32 cosines and sines [B, T, 1, d/2] of positions [B, T], for `rotate` (Su et al. 2021)."""
-    angles = _angles(positions, head_dim, theta).unsqueeze(2)
+def rotary(
+    positions: Tensor, head_dim: int, theta: float, scaling: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """float32 cosines and sines [B, T, 1, d/2] of positions [B, T], for `rotate` (Su et al. 2021).
+
+    `scaling` [d/2] -> [d/2] changes the radians a token of each pair.
+    """
+    angles = _angles(positions, head_dim, theta, scaling).unsqueeze(2)
     return angles.cos(), angles.sin()
 
 
@@ -86,7 +92,8 @@ def distance_bucket(offset: Tensor, buckets: int, longest: int, *, bidirectional
     return first + torch.where(distance < exact, distance, far)
 
 
-def _angles(positions: Tensor, width: int, theta: float) -> Tensor:
+def _angles(positions: Tensor, width: int, theta: float, scaling: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """float32 [B, T, width/2]: position x theta^(-2i/width)."""
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.int64).float() / width
-    return positions.float().unsqueeze(-1) * (1.0 / theta**exponents)
+    frequencies = 1.0 / theta**exponents
+    return positions.float().unsqueeze(-1) * (frequencies if scaling is None else scaling(frequencies))

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from shardwright.config import meaning
 from shardwright.model import llama
-from shardwright.model.family import Family, TensorRule
+from shardwright.model.family import Family, TensorRule, class_variants
 from shardwright.model.transformer import LanguageModel
 
 _HEADS = {"kv_heads": 8, "head_dim": 128}
@@ -45,6 +45,7 @@ HUGGINGFACE = replace(
     _LLAMA,
     architecture="Qwen3ForCausalLM",
     model_type="qwen3",
+    variants={"Qwen3ForCausalLM": {"classify": "none"}, **class_variants("Qwen3")},
     fields={field: keys for field, keys in _LLAMA.fields.items() if field != "mlp_bias"},
     ours={**_LLAMA.ours, "qk_norm": True, "mlp_bias": False},
     theirs={**_LLAMA.theirs, "use_sliding_window": False},

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from shardwright.config import meaning
 from shardwright.model import bert
 from shardwright.model.encoder import Encoder, EncoderConfig
-from shardwright.model.family import Family, HuggingFaceMap, TensorRule, weight_and_bias
+from shardwright.model.family import Family, HuggingFaceMap, TensorRule, class_rules, class_variants, weight_and_bias
 
 
 class RobertaConfig(EncoderConfig):
@@ -30,6 +30,7 @@ class RobertaConfig(EncoderConfig):
 HUGGINGFACE = HuggingFaceMap(
     architecture="RobertaForMaskedLM",
     model_type="roberta",
+    variants={"RobertaForMaskedLM": {"classify": "none"}, **class_variants("Roberta")},
     fields={**bert.FIELDS, "max_length": ("max_position_embeddings",)},
     shifts={"max_length": 2},
     values=bert.ACTIVATION,
@@ -48,6 +49,7 @@ HUGGINGFACE = HuggingFaceMap(
         TensorRule("lm_head.bias", ("head.bias",)),
         *weight_and_bias("lm_head.dense", "head.transform.dense"),
         *weight_and_bias("lm_head.layer_norm", "head.transform.norm"),
+        *class_rules("classifier.out_proj", "classifier", "classifier.dense"),
     ),
     tied=("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
     spare=("roberta.pooler.dense.weight", "roberta.pooler.dense.bias"),

@@ -185,6 +185,7 @@ HUGGINGFACE = HuggingFaceMap(
         "head_bias": False,
         "scale_embedding": False,
         "logit_softcap": None,
+        "classify": "none",
     },
     theirs={"is_encoder_decoder": True},
     defaults={

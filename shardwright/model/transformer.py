@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from shardwright.config import ModelConfig, meaning
 from shardwright.model import position
 from shardwright.model.attention import Attention, Cache, LayerCache, as_bias, document_mask, padding_mask, row_mask
+from shardwright.model.classifier import ClassHead, Classifier, Pooler, last_places
 from shardwright.model.dropout import Dropout, layer_keys, token_keys
 from shardwright.model.layers import ACTIVATIONS, MLP, build_norm
 
@@ -38,6 +39,10 @@ class TransformerConfig(ModelConfig):
     causal: ClassVar[bool] = True
     #: What scores of attention are multiplied by; None is 1 / sqrt(width of a head).
     score_scale: ClassVar[float | None] = None
+    #: Which token the class of a text is told from.
+    class_token: ClassVar[Literal["first", "last"]] = "last"
+    #: Activation of a dense layer before the classifier of a text; None is without that layer and without a bias.
+    class_pooler: ClassVar[Literal["tanh", "gelu"] | None] = None
     #: Whether biases that are trained are added to scores, the same in all blocks.
     biased_scores: ClassVar[bool] = False
 
@@ -68,6 +73,10 @@ class TransformerConfig(ModelConfig):
     tied: bool = meaning(True, "The head is the token embedding")
     scale_embedding: bool = meaning(False, "Token vectors times the root of the width")
     logit_softcap: float | None = meaning(None, "Logits become cap x tanh(logits / cap)", gt=0)
+    classify: Literal["none", "text", "tokens"] = meaning(
+        "none", "What the head tells the class of, in the place of the next token; filled in by the objective"
+    )
+    classes: int = meaning(2, "Classes there are, where the head tells them; filled in by the objective", ge=2)
     embed_dropout: float = meaning(0.0, "Dropout after the embedding", ge=0, lt=1)
     residual_dropout: float = meaning(0.0, "Dropout of what attention and feed-forward add", ge=0, lt=1)
     attention_dropout: float = meaning(0.0, "Dropout of attention probabilities; not layout-independent", ge=0, lt=1)
@@ -128,13 +137,18 @@ class TransformerConfig(ModelConfig):
         """Whether the feed-forward layer has a gate."""
         return ACTIVATIONS[self.activation].gated
 
+    @property
+    def slower(self) -> Callable[[Tensor], Tensor] | None:
+        """What changes the turns of rotary positions; see position.py."""
+        return None
+
     #: Whether blocks project a table that all of them share: no one of them has its gradient.
     projects_tables: ClassVar[bool] = False
 
     @property
     def ties_stages(self) -> bool:
         """Whether the last layer computes with a weight of the first one."""
-        return self.tied
+        return self.tied and self.classify == "none"
 
     @property
     def runs(self) -> tuple[range, ...]:
@@ -312,6 +326,8 @@ class LanguageModel(nn.Module):
 
     #: Modules that are no layers: every part of a model has them, since blocks anywhere use them.
     shared_tables: ClassVar[tuple[str, ...]] = ()
+    #: How names of a classifier's parameters begin -> how those do that pre-training has made of the same.
+    pretrained: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -322,7 +338,8 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleDict({str(n): self.build_block(config, n) for n in range(config.num_blocks)})
         # A post-norm stack ends in a norm already.
         self.final_norm: nn.Module | None = build_stack_norm(config) if config.norm_placement == "pre" else None
-        self.head: Head | None = self.build_head(config)
+        #: A `Classifier` where the config says so.
+        self.head: Any = self.build_head(config) if config.classify == "none" else Classifier(self.build_label(config))
 
     def build_embed(self, config: Any) -> Embed:
         """What makes vectors of ids."""
@@ -335,6 +352,13 @@ class LanguageModel(nn.Module):
     def build_head(self, config: Any) -> Head | None:
         """What the head has of its own, None where that is nothing."""
         return Head(config) if not config.tied or config.head_bias else None
+
+    def build_label(self, config: Any) -> ClassHead:
+        """What tells classes."""
+        pooled = config.classify == "text" and config.class_pooler is not None
+        pooler = Pooler(config.width, config.class_pooler) if pooled else None
+        bias = config.classify == "tokens" or config.class_pooler is not None
+        return ClassHead(config.width, config.classes, pooler, bias=bias)
 
     def layers(self) -> list[tuple[str, nn.Module]]:
         """The parts in the order of the forward pass, by name; a slice of them is a model that goes on from another."""
@@ -368,7 +392,7 @@ class LanguageModel(nn.Module):
         mask, causal = build_mask(inputs, past, causal)
         cos, sin = None, None
         if self.config.positions == "rotary":
-            cos, sin = position.rotary(positions, self.config.rotary_width, self.config.rope_theta)
+            cos, sin = position.rotary(positions, self.config.rotary_width, self.config.rope_theta, self.config.slower)
         context = Context(positions, mask, causal, cos, sin, token_types=inputs.token_types)
         if not (self.training and self.config.has_dropout):
             return context
@@ -423,7 +447,21 @@ class LanguageModel(nn.Module):
 
     def other_heads(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """What else is told from hidden states [..., D], by name: logits of the kinds that it tells apart."""
-        return {}
+        return {"label": self.head.label} if isinstance(self.head, Classifier) else {}
+
+    def class_logits(self, hidden: Tensor, inputs: Inputs) -> Tensor:
+        """[B, T, D] -> [B, C] of texts, or [B, T, C] of tokens."""
+        if self.config.classify == "text":
+            places = last_places(inputs.input_ids, inputs.attention_mask)
+            places = torch.zeros_like(places) if self.config.class_token == "first" else places
+            hidden = hidden[torch.arange(len(places), device=places.device), places]
+        return self.head.label(hidden)
+
+    def answer(self, hidden: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+        """`logits` of the only head that a model without others has."""
+        if self.config.classify != "none":
+            return {"logits": self.class_logits(hidden, inputs)}
+        return {"logits": self.logits(hidden)}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V], soft-capped where the config says so."""
@@ -441,9 +479,12 @@ class LanguageModel(nn.Module):
         documents: Tensor | None = None,
         cache: Cache | None = None,
     ) -> dict[str, Tensor]:
-        """Logits [B, T, V] under Hugging Face's names; `documents` [B, T] keeps packed documents apart."""
+        """Logits [B, T, V] under Hugging Face's names; `documents` [B, T] keeps packed documents apart.
+
+        Of a classifier [B, C], at the last token that `attention_mask` leaves, or [B, T, C] of tokens.
+        """
         inputs = Inputs(input_ids, position_ids, documents, attention_mask)
-        return {"logits": self.logits(self.hidden(inputs, cache=cache))}
+        return self.answer(self.hidden(inputs, cache=cache), inputs)
 
 
 class Head(nn.Module):

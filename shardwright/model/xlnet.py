@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from shardwright.config import meaning
 from shardwright.model.attention import Cache
 from shardwright.model.dropout import mix, token_keys
-from shardwright.model.family import Extra, Family, HuggingFaceMap, TensorRule, weight_and_bias
+from shardwright.model.family import (
+    Extra,
+    Family,
+    HuggingFaceMap,
+    TensorRule,
+    class_rules,
+    class_variants,
+    weight_and_bias,
+)
 from shardwright.model.position import relative_sinusoidal
 from shardwright.model.transformer import ActivationName, Context, Embed, Inputs, LanguageModel, TransformerConfig
 from shardwright.model.two_stream import TwoStreamBlock, stream_keys
@@ -44,6 +52,7 @@ class XLNetConfig(TransformerConfig):
     """XLNet's choices; its sizes are BERT's."""
 
     kind: ClassVar[str] = "two-stream"
+    class_pooler: ClassVar[Literal["tanh", "gelu"] | None] = "tanh"
     causal: ClassVar[bool] = False
     SIZES: ClassVar[dict[str, dict[str, Any]]] = {
         "base": {"layers": 12, "width": 768, "heads": 12},
@@ -115,9 +124,7 @@ class XLNet(LanguageModel):
         """What the blocks share, from inputs alone."""
         if cache is not None:
             raise ValueError("XLNet keeps no cache of keys")
-        if inputs.places is not None and inputs.order is None:
-            raise ValueError("places need the order in which tokens are predicted beside them")
-        inputs = inputs._replace(places=fill_up(inputs.places))
+        inputs = inputs._replace(places=fill_up(queried(inputs)))
         ids = inputs.input_ids
         index = torch.arange(ids.shape[1], device=ids.device) if inputs.row_index is None else inputs.row_index
         index = torch.atleast_2d(index).expand(ids.shape[0], -1)
@@ -156,15 +163,16 @@ class XLNet(LanguageModel):
 
     def output(self, hidden: Tensor, inputs: Inputs) -> Tensor:
         """Of [B, N, D] the query stream [B, P, D] where something is predicted; its first ones are those asked for."""
-        if inputs.places is None:
+        places = queried(inputs)
+        if places is None:
             return hidden
-        tokens, predicted = inputs.input_ids.shape[1], stream_length(inputs.places.shape[1])
+        tokens, predicted = inputs.input_ids.shape[1], stream_length(places.shape[1])
         # A rank may have a slice of each stream.
         return hidden[:, hidden.shape[1] * tokens // (tokens + predicted) :]
 
     def border(self, shapes: Mapping[str, torch.Size]) -> int:
         """Tokens a row between parts of the model: of both streams."""
-        return super().border(shapes) + (stream_length(shapes["places"][1]) if "places" in shapes else 0)
+        return super().border(shapes) + (stream_length(shapes["places"][1]) if "order" in shapes else 0)
 
     def forward(  # type: ignore[override]
         self,
@@ -179,12 +187,20 @@ class XLNet(LanguageModel):
 
         Hugging Face's `perm_mask[b, i, j]` is 1 where order[b, j] >= order[b, i], but for tokens of one unpredicted
         rank, and its `target_mapping` one-hot at places. `documents` [B, T] keeps packed documents apart.
+        A classifier's are [B, C], at the last token, or [B, T, C].
         """
+        if places is not None and order is None:
+            raise ValueError("places need the order in which tokens are predicted beside them")
         inputs = Inputs(
             input_ids, None, documents, attention_mask, token_types=token_type_ids, order=order, places=places
         )
         output = self.output(self.hidden(inputs), inputs)
-        return {"logits": self.logits(output if places is None else output[:, : places.shape[1]])}
+        return self.answer(output if places is None else output[:, : places.shape[1]], inputs)
+
+
+def queried(inputs: Inputs) -> Tensor | None:
+    """[B, P], the places that have a query stream: none where a class is told from one."""
+    return None if inputs.order is None else inputs.places
 
 
 def stream_length(predicted: int) -> int:
@@ -283,6 +299,8 @@ _OURS = "blocks.{n}.attention."
 HUGGINGFACE = HuggingFaceMap(
     architecture="XLNetLMHeadModel",
     model_type="xlnet",
+    variants={"XLNetLMHeadModel": {"classify": "none"}, **class_variants("XLNet")},
+    classifying={"summary_type": "last", "summary_use_proj": True, "summary_activation": "tanh"},
     fields={
         "vocab_size": ("vocab_size",),
         "layers": ("n_layer",),
@@ -327,6 +345,7 @@ HUGGINGFACE = HuggingFaceMap(
         *weight_and_bias("transformer.layer.{n}.ff.layer_2", "blocks.{n}.mlp.down"),
         *weight_and_bias("transformer.layer.{n}.ff.layer_norm", "blocks.{n}.mlp_norm"),
         *weight_and_bias("lm_loss", "head"),
+        *class_rules("logits_proj", "classifier", "sequence_summary.summary"),
     ),
     tied=("lm_loss.weight", "transformer.word_embedding.weight"),
     prefix="transformer.",

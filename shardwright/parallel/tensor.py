@@ -294,6 +294,9 @@ PLAN: tuple[Rule, ...] = (
     Rule("head.transform.norm", BeforeHead),
     Rule("head.sentence.pooler", Alike),
     Rule("head.sentence.classifier", Alike),
+    Rule("head.label.pooler.dense", Alike),
+    Rule("head.label.pooler.norm", Alike),
+    Rule("head.label.classifier", Alike),
     Rule("head.replaced.dense", Alike),
     Rule("head.replaced.classifier", Alike),
 )

@@ -107,6 +107,8 @@ def stream_tokens(
     sequence it goes on from the last half of what it can hold. RunError where the model gives numbers that are not
     finite.
     """
+    if model.config.classify != "none":
+        raise ConfigError(f"model.classify={model.config.classify}: tells classes and cannot generate text")
     if model.config.kind == "encoder":
         raise ConfigError(f"model.family={model.config.family}: sees both sides of a token and cannot generate text")
     if not prompt:

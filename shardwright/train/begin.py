@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from shardwright.train.position import Position, checkpoint_tensors
 from shardwright.train.settings import read_config
 from shardwright.train.step import Step
 from shardwright.train.writing import writing
+
+CLASSIFIER = "head.label."  # what names of a classifier's parameters begin with
 
 
 def begin(config: Config, theirs: Mapping[str, Tensor]) -> Path:
@@ -54,6 +57,16 @@ def begin(config: Config, theirs: Mapping[str, Tensor]) -> Path:
         step.masters.publish()
         state = {"position": Position(progress=Course(config).progress.state()).state()}
         return save(folder / CHECKPOINTS, checkpoint_tensors(step), state, step=0)
+
+
+def take_special_tokens(config: Config) -> None:
+    """Special tokens that `begin`'s model has got beyond its tokenizer's, and its vocabulary, where none are given."""
+    if config.begin is None or not (Path(config.begin) / CONFIG).is_file():
+        return
+    known, wanted = read_config(Path(config.begin) / CONFIG), config.objective.specials(config.data.sequence_length)
+    found = {use: number for use, number in known.objective.special_tokens.items() if use in wanted}
+    config.objective.special_tokens = {**found, **config.objective.special_tokens}
+    config.model.vocab_size = config.model.vocab_size or known.model.vocab_size
 
 
 def check_begin(config: Config, tokenizer: Tokenizer) -> None:
@@ -90,15 +103,27 @@ def check_begin(config: Config, tokenizer: Tokenizer) -> None:
 def take_weights(step: Step, begin: str, added: Collection[str] = ()) -> None:
     """Set the masters of a step, under any layout, to the weights that `begin` names. Every rank has to call it.
 
-    What is `added` to the model keeps its first values, unless `begin` has it too.
+    What is `added` to the model keeps its first values unless `begin` has it too, and so does a classifier that begins
+    from a model without one where that model has nothing like it.
     """
-    weights, checkpoint = step.masters.weights, locate(begin)[1]
+    weights, (folder, checkpoint) = step.masters.weights, locate(begin)
+    model = next(iter(step.stages.models.values())).model
+    before: Any = read_config(folder / CONFIG).model
+    new = before.classify == "none" and model.config.classify != "none"
+    names = {name: f"model.{_known_as(name, model.pretrained) if new else name}" for name in weights}
     stored = read_manifest(checkpoint).tensors
-    named = {f"model.{name}": weight for name, weight in weights.items()}
-    fresh = {f"model.{name}" for name in added} - stored.keys()
-    known = {name: weight for name, weight in named.items() if name not in fresh}
-    load(checkpoint, known, within="model.", cast=True)
+    free = {name for name in weights if name in added or (new and name.startswith(CLASSIFIER))}
+    known = {names[name]: weight for name, weight in weights.items() if name not in free or names[name] in stored}
+    load(checkpoint, known, within="model.", cast=True, partial_load=new)
     step.masters.restore(weights)
+
+
+def _known_as(name: str, pretrained: Mapping[str, str]) -> str:
+    """What a model without a classifier calls a parameter of one with it."""
+    for own, theirs in pretrained.items():
+        if name.startswith(own):
+            return theirs + name.removeprefix(own)
+    return name
 
 
 def keep_companions(folder: Path, config: Config, tokenizer: Tokenizer) -> None:

@@ -26,7 +26,7 @@ from shardwright.parallel.peers import watch_peers
 from shardwright.parallel.proposals import check_layout
 from shardwright.parallel.refusals import layout_warnings
 from shardwright.train.adapters import take_adapter
-from shardwright.train.begin import check_begin, keep_companions, take_weights
+from shardwright.train.begin import check_begin, keep_companions, take_special_tokens, take_weights
 from shardwright.train.build import (
     Corpus,
     build_corpus,
@@ -73,6 +73,7 @@ def train(config: Config, tell_stall: Tell | None = None, settled: Callable[[], 
     Raises ConfigError for what the user has to mend and RunError where the run cannot go on.
     """
     corpus = build_corpus(config)
+    take_special_tokens(config)
     fit_to_corpus(config, corpus)
     check_begin(config, corpus.tokenizer)
     facts = build_facts(config, world_size())

@@ -71,6 +71,8 @@ class LossModel(nn.Module):
 
     def heads(self) -> Heads:
         """What the last stage computes losses with."""
+        if self.model.config.classify != "none":
+            return Heads(None, None, self.model.other_heads())
         return Heads(self.vocabulary(), self.model.transform, self.model.other_heads())
 
     def vocabulary(self) -> Head:

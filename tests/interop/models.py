@@ -24,6 +24,14 @@ CASES = {
     "llama-single": {"family": "llama", **SMALL, "kv_heads": 1, "head_dim": 16, "tied": True},
     "llama-biased": {"family": "llama", **SMALL, "qkv_bias": True, "out_bias": True, "mlp_bias": True},
     "llama-geglu": {"family": "llama", **SMALL, "activation": "geglu"},
+    "llama-3.1": {
+        "family": "llama",
+        **SMALL,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "rope_scaling": {"kind": "llama3", "factor": 4.0, "low": 1.0, "high": 4.0, "length": 24},
+    },
+    "llama-linear": {"family": "llama", **SMALL, "rope_scaling": {"kind": "linear", "factor": 2.5}},
     "qwen3": {"family": "qwen3", **SMALL, "kv_heads": 2, "head_dim": 16, "mlp_width": 96},
     "qwen3-tied": {"family": "qwen3", **SMALL, "kv_heads": 4, "head_dim": 8, "mlp_width": 96, "tied": True},
 }

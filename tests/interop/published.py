@@ -51,6 +51,19 @@ def _llama(
     )
 
 
+def _llama_long(
+    size: str, parameters: int, layers: int, width: int, heads: int, inner: int, factor: float, tied: bool
+) -> Published:
+    """3.1 and 3.2."""
+    found = _llama(size, parameters, layers, width, heads, 8, inner, three=True)
+    scaling = {
+        "factor": factor, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }  # fmt: skip
+    more = {"max_position_embeddings": 131072, "rope_scaling": scaling, "tie_word_embeddings": tied, "mlp_bias": False}
+    return found._replace(config=found.config | more | {"head_dim": width // heads})
+
+
 def _qwen3(size: str, parameters: int, layers: int, width: int, heads: int, inner: int, tied: bool) -> Published:
     raw = {
         "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
@@ -82,6 +95,11 @@ PUBLISHED = (
     _llama("2-70B", 68_976_648_192, 80, 8192, 64, 8, 28672),
     _llama("3-8B", 8_030_261_248, 32, 4096, 32, 8, 14336, three=True),
     _llama("3-70B", 70_553_706_496, 80, 8192, 64, 8, 28672, three=True),
+    _llama_long("3.1-8B", 8_030_261_248, 32, 4096, 32, 14336, 8.0, tied=False),
+    _llama_long("3.1-70B", 70_553_706_496, 80, 8192, 64, 28672, 8.0, tied=False),
+    _llama_long("3.1-405B", 405_853_388_800, 126, 16384, 128, 53248, 8.0, tied=False),
+    _llama_long("3.2-1B", 1_235_814_400, 16, 2048, 32, 8192, 32.0, tied=True),
+    _llama_long("3.2-3B", 3_212_749_824, 28, 3072, 24, 8192, 32.0, tied=True),
     _qwen3("0.6B", 596_049_920, 28, 1024, 16, 3072, tied=True),
     _qwen3("1.7B", 1_720_574_976, 28, 2048, 16, 6144, tied=True),
     _qwen3("4B", 4_022_468_096, 36, 2560, 32, 9728, tied=True),

@@ -124,7 +124,9 @@ def test_what_cannot_be_said_is_refused() -> None:
         write_config(config("gpt2", activation="relu2"))
     with pytest.raises(ValueError, match="model_type='mamba'"):
         read_config({"model_type": "mamba"})
-    with pytest.raises(ValueError, match="rope_parameters.rope_type='llama3'"):
-        read_config({"model_type": "llama", "rope_parameters": {"rope_type": "llama3"}})
+    with pytest.raises(ValueError, match="rope_type='yarn' is not supported here; expected default, linear or llama3"):
+        read_config({"model_type": "llama", "rope_parameters": {"rope_type": "yarn", "factor": 2.0}})
+    with pytest.raises(ValueError, match="rope_type='llama3' needs low_freq_factor beside it"):
+        read_config({"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 2.0}})
     with pytest.raises(ValueError, match="hidden_act='tanh'"):
         read_config({"model_type": "llama", "hidden_act": "tanh"})

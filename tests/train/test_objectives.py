@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardwright.config import Config, ConfigError
+from shardwright.config import Config, ConfigError, parse
+from shardwright.data.prepare import PrepareConfig, prepare
 from shardwright.parallel.mesh import World
 from shardwright.train import build
 from shardwright.train.build import build_corpus, build_loader, build_step, build_validation, fit_to_corpus
@@ -66,9 +67,12 @@ def test_an_evaluation_tells_of_each_term(tiny: Tiny, monkeypatch: pytest.Monkey
     }  # fmt: skip
 
 
-def test_marks_that_a_corpus_lacks_are_asked_for(tiny: Tiny, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_marks_that_a_corpus_lacks_are_asked_for(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "check_objective", lambda config: None)
-    config = _fitted(tiny("objective={name: masked, whole_words: true}"))
+    (tmp_path / "some.txt").write_text("One sentence. Another one. " * 400, "utf-8")
+    raw = {"input": [str(tmp_path / "some.txt")], "output": str(tmp_path / "bare"), "tokenizer": {"vocab_size": 300}}
+    prepare(parse(PrepareConfig, raw, "prepare"), progress=False)
+    config = _fitted(tiny("objective={name: masked, whole_words: true}", f"data.path={tmp_path / 'bare'}"))
     with pytest.raises(ConfigError, match="does not say where words start.*starts=true"):
         build_loader(config, WORLD, Course(config).ramp)
     config = _fitted(tiny("objective={name: pairs}"))
