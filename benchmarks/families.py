@@ -251,7 +251,7 @@ def write_page(lines: Sequence[Line], options: argparse.Namespace) -> None:
     rest = [f"Not measured yet: {', '.join(missing)}."] if missing else []
     parts = [head, facts_table(machine()), table(header, rows), *rest]
     figures = {line["name"]: line["loss"] / line["entropy"] for line in lines}
-    publish(options.out, "Every family learns", parts, {"of_entropy": figures})
+    publish(options.out, "What each family learns in a few hundred steps", parts, {"of_entropy": figures})
 
 
 if __name__ == "__main__":
