@@ -14,7 +14,6 @@ from shardwright.model.families import FAMILIES
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/families.md").read_text("utf-8")
 COLUMNS = ["pretrain", "fine-tune", "import", "export", "generate", "every layout"]
-PENDING = "…"  # a column that waits for its tests
 
 
 def table(first: str) -> list[list[str]]:
@@ -58,7 +57,7 @@ def test_every_family_has_a_row_and_every_row_all_columns() -> None:
 def test_every_cell_names_tests_that_exist(collected: list[str]) -> None:
     for family, *cells in ROWS:
         for column, cell in zip(COLUMNS, cells, strict=True):
-            if cell.startswith(("—", PENDING)):
+            if cell.startswith("—"):
                 continue
             tests = list(named(cell))
             assert tests, f"{family}, {column}: {cell} names no test"
@@ -72,8 +71,3 @@ def test_what_cannot_be_has_its_reason() -> None:
         for cell in cells:
             if cell.startswith("—"):
                 assert re.search(rf"^- — {cell[1:]} \w", PAGE, re.M), f"{family}: {cell} has no line below the table"
-
-
-def test_a_column_waits_for_all_families_or_for_none() -> None:
-    for column, cells in zip(COLUMNS, list(zip(*ROWS, strict=True))[1:], strict=True):
-        assert len({cell == PENDING for cell in cells}) == 1, column
