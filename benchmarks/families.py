@@ -40,7 +40,7 @@ VOCABULARY = 300  # tokens: so few that 300 steps see each of them, and its neig
 #: Fields of translate-en-zh that are read and predicted, by the language of the latter.
 PAIRS = {"english": ("target", "source"), "chinese": ("source", "target")}
 #: Encoders that have to learn what a position is, from few predictions: without this they stay where they copy what is
-#: not masked and know no neighbour (BERT at 92 % of the entropy; its loss in training with rotary positions is at 65 %).
+#: not masked and know no neighbour (BERT at 92 % of the entropy; 65 % in training with rotary positions).
 LEARNED = ["data.sequence_length=16", "batch.sequences=512", "batch.micro=256", "objective.rate=0.3"]
 #: Beside the debug config: `LEARNED`, and what needs starts of sentences, which the text here has.
 SETTINGS = {
