@@ -48,8 +48,8 @@ STEPS = (
     Step("clock", survey.check_clock),
     Step("device", survey.check_device, ("config",)),
     Step("run folder", survey.check_folder, ("config",)),
-    Step("disk", survey.check_disk, ("config", "run folder")),
     Step("data", survey.check_data, ("config",)),
+    Step("disk", survey.check_disk, ("config", "run folder", "data")),
     Step("memory", survey.check_memory, ("config", "data", "device")),
     Step("all-reduce", survey.check_all_reduce, ("interface", "ports", "device")),
 )
