@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from shardwright.model.transformer import TransformerConfig
 BOUND = 5e-5  # of the largest logit: some ten times what reordered float32 sums differ by
 SAMPLE = "It was a dark night; the people\nof these States -- all 1,234 of them -- slept.  床前明月光，疑是地上霜。"
 ROWS, LENGTH = 2, 64  # tokens that are compared
+TALKATIVE = ("torchao", "torch.utils._pytree")  # loggers, while transformers imports these
 WORKING_BYTES = 1 << 29  # transformers, activations, logits
 GIB = 1 << 30
 
@@ -190,15 +192,20 @@ def _taken(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its bars and its advice, for a while."""
-    from transformers.utils import logging
+    """transformers, and what it imports, without bars and advice, for a while."""
+    levels = {name: logging.getLogger(name).level for name in TALKATIVE}
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as theirs
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        for name, before in levels.items():
+            logging.getLogger(name).setLevel(before)
+        theirs.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            theirs.enable_progress_bar()
