@@ -1,6 +1,6 @@
 """A sample of the equivalence matrix, of other cells every day: as many as EQUIVALENCE_MINUTES allow, at least one.
 
-`make sample` and continuous integration give it 20 minutes. EQUIVALENCE_SEED repeats the sample of another day, which
+`make sample` gives it 20 minutes, continuous integration 8. EQUIVALENCE_SEED repeats the sample of another day, which
 a failure names; benchmarks/equivalence.py --only runs single cells, and all of them without it.
 """
 
