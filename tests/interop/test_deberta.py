@@ -1,6 +1,4 @@
-"""DeBERTa against Hugging Face: the same weights give the same logits, losses and gradients; the mask decoder, which it
-lacks, against the formula of the paper.
-"""
+"""What DeBERTa alone has: the mask decoder, which Hugging Face lacks, against the formula of the paper; its buckets."""
 
 from __future__ import annotations
 
@@ -13,58 +11,11 @@ from shardwright.model.deberta import Deberta
 from shardwright.model.disentangled import log_buckets
 from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.transformer import Inputs
-from tests.interop.masked import (
-    CLOSE,
-    SMALL,
-    build_ours,
-    build_theirs,
-    check_equal,
-    check_gradients,
-    check_packing,
-    check_padding,
-    check_round_trip,
-    ids,
-)
+from tests.interop.masked import CLOSE, SMALL, build_ours, build_theirs, check_gradients, ids
 
 transformers = pytest.importorskip("transformers")
 
-V1 = {"family": "deberta", "mask_decoder": False}
 V2 = {"family": "deberta_v2", "mask_decoder": False, "buckets": 8}
-CASES = {
-    "v1": V1,
-    "v1-near": {**V1, "relative_span": 6, "positions": "learned", "token_types": 2, "activation": "relu"},
-    "v3": V2,
-    "v3-far": {**V2, "buckets": 16, "max_length": 40, "relative_span": 20, "norm_eps": 1e-6},
-    "v2": {**V2, "convolution": 3},
-    "v2-wide": {**V2, "convolution": 5, "convolution_activation": "tanh", "mlp_width": 80},
-    "v2-apart": {**V2, "shared_projections": False, "relative_norm": False, "buckets": -1, "positions": "learned"},
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("length", [33, 1])
-def test_logits_loss_and_gradients_equal(case: str, length: int) -> None:
-    ours = build_ours(CASES[case])
-    check_equal(ours, build_theirs(ours), input_ids=ids(3, length))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_padding_packing_and_back(case: str) -> None:
-    ours = build_ours(CASES[case])
-    theirs = build_theirs(ours)
-    check_padding(ours, theirs)
-    check_packing(ours)
-    check_round_trip(ours, theirs)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_config_there_and_back(case: str) -> None:
-    config = build_ours(CASES[case]).config
-    theirs = transformers.AutoConfig.for_model(**write_config(config)).to_dict()
-    assert write_config(read_config(theirs)) == write_config(config)
-    assert read_config(theirs).model_dump() | {"mlp_width": 0, "head_dim": 0, "kv_heads": 0, "size": ""} == (
-        config.model_dump() | {"mlp_width": 0, "head_dim": 0, "kv_heads": 0, "size": ""}
-    )
 
 
 @pytest.mark.parametrize("buckets", [8, 32, 256])
@@ -189,21 +140,6 @@ def test_published_configs_and_names_of_old_are_read() -> None:
 _DROPOUTS = ("attention_probs_dropout_prob", "hidden_dropout_prob")
 
 #: (family, size, vocabulary) -> class of theirs that the published weights are for.
-PUBLISHED = [
-    *(("deberta", size, 50265) for size in FAMILIES["deberta"].config.SIZES),
-    *(("deberta_v2", size, 128100) for size in FAMILIES["deberta_v2"].config.SIZES),
-]
-
-
-@pytest.mark.parametrize(("family", "size", "vocab"), PUBLISHED)
-def test_published_sizes(family: str, size: str, vocab: int) -> None:
-    fields = {"family": family, "size": size, "vocab_size": vocab, "mask_decoder": False}
-    config = FAMILIES[family].config.model_validate(fields)
-    with torch.device("meta"):
-        ours = build_model(config)
-        raw = write_config(config)
-        theirs = getattr(transformers, raw["architectures"][0])._from_config(transformers.AutoConfig.for_model(**raw))
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
 
 
 def test_what_cannot_be_is_refused() -> None:
