@@ -30,7 +30,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 #: By `adapt.method`.
 KINDS = {"lora": "LORA", "prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING", "p_tuning": "P_TUNING"}
-TASKS = {"decoder": "CAUSAL_LM", "encoder": None, "encoder-decoder": "SEQ_2_SEQ_LM"}
+TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 #: Of peft's LoRA what changes the computation in a way that is not here, and the value that says that it is not used.
@@ -89,7 +89,7 @@ def lora_files(
     names = _shortest(targets, [rule.theirs.removesuffix(".weight") for rule in rules_of(model)])
     raw = {
         "peft_type": "LORA",
-        "task_type": TASKS[model.kind],
+        "task_type": TASKS.get(model.kind),
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": adapt.rank,
@@ -247,7 +247,7 @@ def virtual_files(
     }
     raw = {
         "peft_type": KINDS[adapt.method],
-        "task_type": TASKS[model.kind] or "FEATURE_EXTRACTION",
+        "task_type": TASKS.get(model.kind) or "FEATURE_EXTRACTION",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "num_virtual_tokens": adapt.tokens,

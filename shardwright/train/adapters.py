@@ -6,6 +6,7 @@ Stands on adapt, which computes with adapters, and on interop, which knows peft'
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,39 @@ from torch import Tensor
 from shardwright.adapt import adapter_names, apply_adapter, trained_names, virtual_parts, virtual_vectors
 from shardwright.adapt.lora import LEAVES, merged
 from shardwright.checkpoint import StoredTensors, read_manifest
-from shardwright.config import AdaptConfig, Config, ConfigError, RunError
+from shardwright.config import AdaptConfig, Config, ConfigError
 from shardwright.interop import peft
 from shardwright.interop.check import Verdict
+from shardwright.interop.check_adapter import check_adapter
+from shardwright.interop.huggingface import Exported
 from shardwright.model.families import build_model
-from shardwright.model.transformer import TransformerConfig
+from shardwright.model.transformer import LanguageModel, TransformerConfig
 from shardwright.parallel.logical import Logical
 from shardwright.train.imports import IMPORTED
 from shardwright.train.load import locate
 from shardwright.train.step import Step
 
 
-class Merged(Mapping[str, Tensor]):
-    """The model's own tensors out of a checkpoint, each with what LoRA adds to it. `meta`: as of `StoredTensors`."""
+class Beneath(Mapping[str, Tensor]):
+    """The model's own tensors out of a checkpoint, as they lie beneath an adapter. `meta`: as of `StoredTensors`."""
 
-    def __init__(self, stored: StoredTensors, adapt: AdaptConfig) -> None:
-        self._stored, self._adapt = stored, adapt
-        self.meta = {name: tensor for name, tensor in stored.meta.items() if name.rpartition(".")[2] not in LEAVES}
+    def __init__(self, stored: StoredTensors, config: Config) -> None:
+        self._stored, self._adapt = stored, config.adapt
+        added = adapter_names(config.model, config.adapt)  # type: ignore[arg-type]
+        self.meta = {name: tensor for name, tensor in stored.meta.items() if name not in added}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._stored[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.meta)
+
+    def __len__(self) -> int:
+        return len(self.meta)
+
+
+class Merged(Beneath):
+    """The same, each with what LoRA adds to it."""
 
     def __getitem__(self, name: str) -> Tensor:
         layer, _, leaf = name.rpartition(".")
@@ -41,12 +58,6 @@ class Merged(Mapping[str, Tensor]):
         a, b = (self._stored[f"{layer}.{part}"] for part in LEAVES)
         return merged(weight, a, b, self._adapt.scale)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.meta)
-
-    def __len__(self) -> int:
-        return len(self.meta)
-
 
 def merge(stored: StoredTensors, config: Config) -> Merged:
     """The base model with its adapter in it; ConfigError where it cannot be a part of matrices."""
@@ -54,7 +65,7 @@ def merge(stored: StoredTensors, config: Config) -> Merged:
         raise ConfigError(
             f"--merge: adapt.method={config.adapt.method} adds virtual tokens, which no matrix holds; export without it"
         )
-    return Merged(stored, config.adapt)
+    return Merged(stored, config)
 
 
 def adapter_files(config: Config, stored: StoredTensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -96,13 +107,60 @@ def _base(config: Config) -> str | None:
     return read_manifest(locate(config.begin)[1]).state.get(IMPORTED, {}).get("from")
 
 
-def check_adapter_files(folder: Path, tensors: Mapping[str, Tensor]) -> Verdict:
+def check_adapter_files(
+    folder: Path,
+    config: Config,
+    stored: StoredTensors,
+    raw: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+) -> Verdict:
+    """Whether what was written, `tensors` in `dtype`, makes of transformers' model what ours is; where that cannot be
+    tried, whether it reads back to the bit. `raw`: config.json of the model beneath."""
+    model: TransformerConfig = config.model  # type: ignore[assignment]
+    base = Exported(model, beneath := Beneath(stored, config), beneath.meta)
+    adapt, added = _as_written(config, tensors, dtype)
+    build = partial(_adapted, adapt=adapt, stored=stored, added=added, dtype=dtype)
+    verdict = check_adapter(folder, raw, base, model, adapt, build)
+    return _read_back(folder, tensors) if verdict is None else verdict
+
+
+def _as_written(
+    config: Config, tensors: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> tuple[AdaptConfig, Mapping[str, Tensor]]:
+    """The adapter to compare with, and those of its parameters that are not a checkpoint's: where files hold rounded
+    values of what a network gave, no network gives them."""
+    adapt = config.adapt
+    if dtype is None or (adapt.method != "p_tuning" and adapt.projection is None):
+        return adapt, {}
+    plain = {"method": "prompt" if adapt.method == "p_tuning" else adapt.method, "projection": None}
+    adapt = adapt.model_copy(update=plain)
+    return adapt, virtual_parts(config.model, adapt, tensors["prompt_embeddings"])  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _adapted(
+    model: TransformerConfig,
+    adapt: AdaptConfig,
+    stored: Mapping[str, Tensor],
+    added: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+) -> LanguageModel:
+    """Our model with its adapter, in float32 from values that are rounded to `dtype` as the adapter's files are."""
+    whole = build_model(model)
+    own = {name for name, _ in whole.named_parameters()}
+    apply_adapter(whole, adapt)
+    for name, parameter in whole.named_parameters():
+        value = added[name] if name in added else stored[name]
+        parameter.copy_(value if name in own or dtype is None else value.to(dtype))
+    return whole
+
+
+def _read_back(folder: Path, tensors: Mapping[str, Tensor]) -> Verdict:
     """Whether what was written reads back to the bit."""
     _, found = peft.read_adapter(folder, list(peft.KINDS.values()))
     same = found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name].cpu()) for name in found)
-    if not same:
-        raise RunError(f"{folder}: is not written: its files do not read back; report this with the config")
-    return Verdict(True, f"all {len(found)} tensors read back")
+    return Verdict(same, f"all {len(found)} tensors read back" if same else "its files do not read back")
 
 
 @torch.no_grad()
