@@ -5,7 +5,7 @@ Stands on adapt, which computes with adapters, and on interop, which knows peft'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,18 @@ from shardwright.train.step import Step
 
 
 class Beneath(Mapping[str, Tensor]):
-    """The model's own tensors out of a checkpoint, as they lie beneath an adapter. `meta`: as of `StoredTensors`."""
+    """The model's own tensors out of a checkpoint, as they lie beneath an adapter, zeros in the place of some.
 
-    def __init__(self, stored: StoredTensors, config: Config) -> None:
-        self._stored, self._adapt = stored, config.adapt
+    `meta`: as of `StoredTensors`.
+    """
+
+    def __init__(self, stored: StoredTensors, config: Config, zero: Collection[str] = ()) -> None:
+        self._stored, self._adapt, self._zero = stored, config.adapt, zero
         added = adapter_names(config.model, config.adapt)  # type: ignore[arg-type]
         self.meta = {name: tensor for name, tensor in stored.meta.items() if name not in added}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._stored[name]
+        return torch.zeros_like(self._stored[name]) if name in self._zero else self._stored[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.meta)
@@ -71,14 +74,22 @@ def merge(stored: StoredTensors, config: Config) -> Merged:
 def adapter_files(config: Config, stored: StoredTensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(adapter_config.json, tensors) of a run's adapter; ConfigError where its files cannot hold what was trained."""
     model: TransformerConfig = config.model  # type: ignore[assignment]
-    beside = trained_names(model, config.adapt) - adapter_names(model, config.adapt)
+    beside = trained_beside(config)
+    if config.adapt.method == "lora":
+        own = {name: stored[name] for name in beside}
+        return peft.lora_files(model, config.adapt, _pairs(stored), _base(config), own)
     if beside:
         raise ConfigError(
-            f"export: {sorted(beside)[0]} was trained beside the adapter, whose files lack it; export with --merge"
+            f"export: {sorted(beside)[0]} was trained beside virtual tokens, whose files lack it; train it by "
+            "adapt.method=lora"
         )
-    if config.adapt.method == "lora":
-        return peft.lora_files(model, config.adapt, _pairs(stored), _base(config))
     return peft.virtual_files(model, config.adapt, _vectors(config, stored), _base(config))
+
+
+def trained_beside(config: Config) -> set[str]:
+    """The model's own parameters that are trained beside the adapter's."""
+    model: TransformerConfig = config.model  # type: ignore[assignment]
+    return trained_names(model, config.adapt) - adapter_names(model, config.adapt)
 
 
 @torch.no_grad()
@@ -118,16 +129,22 @@ def check_adapter_files(
     """Whether what was written, `tensors` in `dtype`, makes of transformers' model what ours is; where that cannot be
     tried, whether it reads back to the bit. `raw`: config.json of the model beneath."""
     model: TransformerConfig = config.model  # type: ignore[assignment]
-    base = Exported(model, beneath := Beneath(stored, config), beneath.meta)
+    base = Exported(model, beneath := Beneath(stored, config, trained_beside(config)), beneath.meta)
     adapt, added = _as_written(config, tensors, dtype)
-    build = partial(_adapted, adapt=adapt, stored=stored, added=added, dtype=dtype)
+    exact = beneath.keys() - trained_beside(config)
+
+    def value(name: str) -> Tensor:
+        tensor = added[name] if name in added else stored[name]
+        return tensor if name in exact or dtype is None else tensor.to(dtype)
+
+    build = partial(_adapted, adapt=adapt, value=value)
     verdict = check_adapter(folder, raw, base, model, adapt, build)
     return _read_back(folder, tensors) if verdict is None else verdict
 
 
 def _as_written(
     config: Config, tensors: Mapping[str, Tensor], dtype: torch.dtype | None
-) -> tuple[AdaptConfig, Mapping[str, Tensor]]:
+) -> tuple[AdaptConfig, dict[str, Tensor]]:
     """The adapter to compare with, and those of its parameters that are not a checkpoint's: where files hold rounded
     values of what a network gave, no network gives them."""
     adapt = config.adapt
@@ -139,20 +156,12 @@ def _as_written(
 
 
 @torch.no_grad()
-def _adapted(
-    model: TransformerConfig,
-    adapt: AdaptConfig,
-    stored: Mapping[str, Tensor],
-    added: Mapping[str, Tensor],
-    dtype: torch.dtype | None,
-) -> LanguageModel:
-    """Our model with its adapter, in float32 from values that are rounded to `dtype` as the adapter's files are."""
+def _adapted(model: TransformerConfig, adapt: AdaptConfig, value: Callable[[str], Tensor]) -> LanguageModel:
+    """Our model with its adapter, in float32."""
     whole = build_model(model)
-    own = {name for name, _ in whole.named_parameters()}
     apply_adapter(whole, adapt)
     for name, parameter in whole.named_parameters():
-        value = added[name] if name in added else stored[name]
-        parameter.copy_(value if name in own or dtype is None else value.to(dtype))
+        parameter.copy_(value(name))
     return whole
 
 
@@ -176,6 +185,9 @@ def take_adapter(step: Step, config: Config) -> None:
             logical.local.copy_(logical.part(value))
         return step.masters.restore(weights)
     layers = [name.removesuffix(f".{LEAVES[0]}") for name in weights if name.endswith(f".{LEAVES[0]}")]
+    for name, value in _saved(config).items():
+        logical = Logical.of(weights[name])
+        logical.local.copy_(logical.part(value))
     pairs = peft.lora_pairs(model, config.adapt, Path(config.adapt.begin), layers)
     for layer, (a, b) in pairs.items():
         rank = a.shape[0]
@@ -186,3 +198,11 @@ def take_adapter(step: Step, config: Config) -> None:
             whole.narrow(dim, 0, rank).copy_(value)
             logical.local.copy_(logical.part(whole))
     step.masters.restore(weights)
+
+
+def _saved(config: Config) -> dict[str, Tensor]:
+    """What the folder that `adapt.begin` names holds of the model itself; ConfigError where that is not trained."""
+    found = peft.saved_tensors(config.model, Path(config.adapt.begin or ""))  # type: ignore[arg-type]
+    if frozen := sorted(found.keys() - trained_beside(config)):
+        raise ConfigError(f"adapt.begin={config.adapt.begin}: holds {frozen[0]} beside LoRA; put it into adapt.train")
+    return found

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from shardwright.adapt import apply_adapter
 from shardwright.checkpoint import save_streamed
 from shardwright.config import Config, RunError, to_yaml
 from shardwright.interop import check
+from shardwright.interop.folder import copy_companions
 from shardwright.launcher.cli import run
 from shardwright.model.families import build_model
 from shardwright.train import exports
@@ -24,8 +26,8 @@ from shardwright.train.settings import read_config
 from tests.adapt.models import shake
 from tests.interop.test_every_family import CASES, save_theirs
 
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 LORA = ("adapt.method=lora", "adapt.rank=3", "adapt.targets=[q, v, up]")
 NETWORK = ("adapt.method=p_tuning", "adapt.tokens=4", "adapt.encoder_width=24")
@@ -129,3 +131,47 @@ def test_the_command_tells_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run(["export", str(folder), "--output", str(tmp_path / "two"), "--json"]) == 0
     verdict = json.loads(capsys.readouterr().out)["verdict"]
     assert verdict["passed"] and 0 <= verdict["difference"] < 5e-5
+
+
+CLASSIFIERS = {
+    "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "bert": "BertForMaskedLM", "roberta": "RobertaForMaskedLM",
+    "albert": "AlbertForMaskedLM", "modernbert": "ModernBertForMaskedLM", "deberta_v2": "DebertaV2ForMaskedLM",
+    "electra": "ElectraForPreTraining", "bart": "BartForConditionalGeneration",
+}  # fmt: skip
+OF = [(family, of) for family in CLASSIFIERS for of in ("text", "tokens") if (family, of) != ("bart", "tokens")]
+
+
+def classifier(folder: Path, family: str, of: str, *overrides: str) -> Path:
+    """As `adapted`, of a model that had no classifier and has a random one now."""
+    save_theirs(folder / "theirs", CLASSIFIERS[family], CASES[CLASSIFIERS[family]][2])
+    import_model(str(folder / "theirs"), folder / "ours")
+    raw = yaml.safe_load((folder / "ours" / CONFIG).read_text("utf-8"))
+    raw["objective"] = {"name": "classify", "of": of, "classes": 3, "special_tokens": {"end": 2, "sep": 2, "cls": 1}}
+    raw["model"].pop("generator_layers", None)
+    config = read_config(raw, (*LORA, *overrides))
+    base = dict(load(folder / "ours", device="cpu").model.named_parameters())
+    own = {name for name, _ in build_model(config.model).named_parameters()}  # type: ignore[arg-type]
+    run = write_run(folder / "run", config, {n: p for n, p in base.items() if n in own and not n.startswith("head.")})
+    copy_companions(folder / "ours", run)  # whose end of texts BART's classifier needs
+    return run
+
+
+@pytest.mark.parametrize(("family", "of"), OF)
+def test_peft_has_the_head_of_a_classifier(family: str, of: str, tmp_path: Path) -> None:
+    """On a model of theirs without one: what `from_pretrained` puts there is random."""
+    run = classifier(tmp_path, family, of)
+    verdict = export_model(run, tmp_path / "adapter").verdict
+    assert verdict is not None and verdict.difference is not None
+    kind = {"text": "AutoModelForSequenceClassification", "tokens": "AutoModelForTokenClassification"}[of]
+    theirs = getattr(transformers, kind).from_pretrained(tmp_path / "theirs", num_labels=3)
+    raw = json.loads((tmp_path / "adapter/adapter_config.json").read_text("utf-8"))
+    assert raw["task_type"] == {"text": "SEQ_CLS", "tokens": "TOKEN_CLS"}[of] and raw["modules_to_save"]
+    both = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter")).eval()
+    ids = torch.randint(5, 101, (1, 12), generator=torch.Generator().manual_seed(3))
+    given = {"input_ids": ids}
+    if family == "bart":
+        ids[:, -1] = theirs.config.eos_token_id
+        given["decoder_input_ids"] = ids
+    expected = load(run, device="cpu")(**given)["logits"]
+    with torch.no_grad():
+        assert torch.allclose(both(**given).logits, expected, atol=1e-5)
