@@ -15,6 +15,7 @@ from shardwright.checkpoint import save_streamed
 from shardwright.config import Config, RunError, to_yaml
 from shardwright.interop import check
 from shardwright.interop.folder import copy_companions
+from shardwright.interop.peft import saved_tensors
 from shardwright.launcher.cli import run
 from shardwright.model.families import build_model
 from shardwright.train import exports
@@ -175,3 +176,13 @@ def test_peft_has_the_head_of_a_classifier(family: str, of: str, tmp_path: Path)
     expected = load(run, device="cpu")(**given)["logits"]
     with torch.no_grad():
         assert torch.allclose(both(**given).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "bart"])
+def test_the_head_comes_back(family: str, tmp_path: Path) -> None:
+    run = classifier(tmp_path, family, "text")
+    export_model(run, tmp_path / "adapter", check=False)
+    held = load(run, device="cpu")
+    found = saved_tensors(held.config.model, tmp_path / "adapter")  # type: ignore[arg-type]
+    expected = {name: p for name, p in held.model.named_parameters() if name.startswith("head.label.")}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], p) for name, p in expected.items())
