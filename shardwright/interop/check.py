@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,17 +62,22 @@ def _check_part(
     folder: Path, part: str, config: TransformerConfig, ours: Mapping[str, Tensor], written: Exported
 ) -> Verdict:
     """`part`: the folder's name inside that of the whole model, "" where it is that one."""
-    lacking = _lacking(written)
+    lacking = what_lacks(written)
     if lacking is not None:
         get_logger().warning("export: logits are not compared: %s", lacking)
         return _compare_tensors(folder, written)
     raw = json.loads((folder / MODEL_CONFIG).read_text("utf-8"))
     name, inputs = raw["architectures"][0], random_inputs(config, raw.get("pad_token_id"))
     if config.classify == "text" and config.kind == "encoder-decoder":
-        _end(inputs["input_ids"], raw.get("eos_token_id"))
+        end_rows(inputs["input_ids"], raw.get("eos_token_id"))
     expected = our_logits(as_they_compute(config, part), called_for(config, part), ours, written.dtype, inputs)
+    return judge(name, expected, lambda: their_logits(folder, name, inputs, list(expected)))
+
+
+def judge(name: str, expected: Mapping[str, Tensor], read: Callable[[], Mapping[str, Tensor]]) -> Verdict:
+    """Whether the logits that `read` has from transformers' model of this name are ours, by head."""
     try:
-        found = their_logits(folder, name, inputs, list(expected))
+        found = read()
     except Exception as error:  # whatever transformers makes of files that it cannot read
         return Verdict(False, f"{name} of transformers cannot open it: {' '.join(str(error).split())[:300]}")
     differences = [relative(found[head], expected[head]) for head in expected]
@@ -106,10 +111,11 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
     return same
 
 
-def _lacking(written: Exported) -> str | None:
+def what_lacks(written: Exported, *libraries: str) -> str | None:
     """What a comparison of logits lacks; None where it can be made."""
-    if importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed; pip install 'shardwright[hf]'"
+    for library in ("transformers", *libraries):
+        if importlib.util.find_spec(library) is None:
+            return f"{library} is not installed; pip install 'shardwright[hf]'"
     need = 1.2 * 4 * sum(tensor.numel() for tensor in written.meta.values()) + WORKING_BYTES
     free = memory()[1]
     if need > free:
@@ -147,7 +153,7 @@ def random_inputs(config: TransformerConfig, padding: int | None) -> dict[str, T
     return {"input_ids": ids, "token_type_ids": torch.arange(shape[1]).expand(shape) * 2 // shape[1]}
 
 
-def _end(ids: Tensor, end: int | None) -> None:
+def end_rows(ids: Tensor, end: int | None) -> None:
     """An end at the end of rows [B, T] and nowhere else, where theirs tells the class of a text."""
     if end is not None:
         ids[ids == end] = (end + 1) % int(ids.max())
@@ -166,8 +172,14 @@ def our_logits(
     model = build_model(config).eval()
     for name, parameter in model.named_parameters():
         parameter.copy_(ours[name].to(dtype) if dtype is not None else ours[name])
-    answer = getattr(model, method)(**_taken(model, inputs))
-    return {"logits": answer} if isinstance(answer, Tensor) else dict(answer)
+    return answer(model, inputs, method)
+
+
+@torch.no_grad()
+def answer(model: nn.Module, inputs: dict[str, Tensor], method: str = "forward") -> dict[str, Tensor]:
+    """Logits by head."""
+    found = getattr(model, method)(**taken(model, inputs))
+    return {"logits": found} if isinstance(found, Tensor) else dict(found)
 
 
 @torch.no_grad()
@@ -175,15 +187,24 @@ def their_logits(
     folder: Path, name: str, inputs: dict[str, Tensor], heads: list[str], dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """Of these heads, computed in `dtype`; where a model has several, that of tokens has another name."""
+    return named_as_ours(answer(open_theirs(folder, name, dtype), inputs), heads)
+
+
+def open_theirs(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Their model of this name, in evaluation mode."""
     import transformers
 
     with quiet():
-        model = getattr(transformers, name).from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-    answer = model(**_taken(model, inputs))
-    return {head: answer[head if head in answer else f"prediction_{head}"] for head in heads}
+        model: nn.Module = getattr(transformers, name).from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return model.eval()
 
 
-def _taken(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def named_as_ours(theirs: Mapping[str, Tensor], heads: Iterable[str]) -> dict[str, Tensor]:
+    """Their logits by our heads' names."""
+    return {head: theirs[head if head in theirs else f"prediction_{head}"] for head in heads}
+
+
+def taken(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of an encoder-decoder the decoder reads the same tokens."""
     if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
         return inputs

@@ -190,16 +190,22 @@ class Imported(Mapping[str, Tensor]):
     def _parts(self, rule: TensorRule, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our tensors of one rule, as views of theirs where the dtype stays."""
         tensor = source[self._names[rule.theirs]]
-        tensor = tensor.squeeze(0) if rule.row and tensor.dim() > 1 else tensor
-        sizes = [self._shapes[name][0] for name in rule.ours]
-        joined = (sum(sizes), *self._shapes[rule.ours[0]][1:])
-        lying = joined[::-1] if rule.transpose else joined
-        expected = lying if rule.shape is None else rule.shape(self._config)
-        if tuple(tensor.shape) != expected:
-            raise ValueError(f"{rule.theirs}: has shape {tuple(tensor.shape)}, the config says {expected}")
-        tensor = tensor.to(self._dtype or tensor.dtype).reshape(lying)
-        tensor = tensor.t() if rule.transpose else tensor
-        return dict(zip(rule.ours, rule.split(tensor, sizes, self._config.heads), strict=True))
+        return parts_of(rule, tensor.to(self._dtype or tensor.dtype), self._config, self._shapes)
+
+
+def parts_of(
+    rule: TensorRule, tensor: Tensor, config: TransformerConfig, shapes: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """Our tensors in one of theirs; ValueError where it is of another shape than the config says."""
+    tensor = tensor.squeeze(0) if rule.row and tensor.dim() > 1 else tensor
+    sizes = [shapes[name][0] for name in rule.ours]
+    joined = (sum(sizes), *shapes[rule.ours[0]][1:])
+    lying = joined[::-1] if rule.transpose else joined
+    expected = lying if rule.shape is None else rule.shape(config)
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{rule.theirs}: has shape {tuple(tensor.shape)}, the config says {expected}")
+    tensor = tensor.reshape(lying)
+    return dict(zip(rule.ours, rule.split(tensor.t() if rule.transpose else tensor, sizes, config.heads), strict=True))
 
 
 class ImportedTogether(Mapping[str, Tensor]):
@@ -258,11 +264,18 @@ class Exported(Mapping[str, Tensor]):
         return len(self._rules)
 
     def _joined(self, rule: TensorRule, source: Mapping[str, Tensor]) -> Tensor:
-        tensor = rule.join([source[name] for name in rule.ours], self._config.heads)
-        tensor = tensor.to(self.dtype or tensor.dtype)
-        tensor = tensor.unsqueeze(0) if rule.row else tensor
-        tensor = tensor.t() if rule.transpose else tensor
-        return (tensor if rule.shape is None else tensor.reshape(rule.shape(self._config))).contiguous()
+        return joined_of(rule, source, self._config, self.dtype)
+
+
+def joined_of(
+    rule: TensorRule, ours: Mapping[str, Tensor], config: TransformerConfig, dtype: torch.dtype | None = None
+) -> Tensor:
+    """One of their tensors, of ours."""
+    tensor = rule.join([ours[name] for name in rule.ours], config.heads)
+    tensor = tensor.to(dtype or tensor.dtype)
+    tensor = tensor.unsqueeze(0) if rule.row else tensor
+    tensor = tensor.t() if rule.transpose else tensor
+    return (tensor if rule.shape is None else tensor.reshape(rule.shape(config))).contiguous()
 
 
 def rules_of(config: TransformerConfig) -> list[TensorRule]:
@@ -270,6 +283,12 @@ def rules_of(config: TransformerConfig) -> list[TensorRule]:
     shapes = model_shapes(config)
     _check_covered(config, shapes)
     return _expand(_map_of(FAMILIES[config.family]), config, shapes)
+
+
+def names_of_embedding(config: TransformerConfig) -> tuple[str, ...]:
+    """Their names of the embedding of tokens, and of a head that is the same."""
+    table = _map_of(FAMILIES[config.family])
+    return (*(table.tied if config.tied else table.tied[1:]), *table.copies)
 
 
 def import_all(config: TransformerConfig, sources: Mapping[str, Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

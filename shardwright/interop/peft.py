@@ -22,7 +22,7 @@ from torch import Tensor
 
 from shardwright.config import AdaptConfig, ConfigError
 from shardwright.interop.folder import read_json, write_json
-from shardwright.interop.huggingface import model_shapes, rules_of
+from shardwright.interop.huggingface import joined_of, model_shapes, names_of_embedding, parts_of, rules_of
 from shardwright.model.family import TensorRule
 from shardwright.model.transformer import TransformerConfig
 
@@ -30,7 +30,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 #: By `adapt.method`.
 KINDS = {"lora": "LORA", "prompt": "PROMPT_TUNING", "prefix": "PREFIX_TUNING", "p_tuning": "P_TUNING"}
-TASKS = {"decoder": "CAUSAL_LM", "encoder": None, "encoder-decoder": "SEQ_2_SEQ_LM"}
+TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
+CLASSIFYING = {"text": "SEQ_CLS", "tokens": "TOKEN_CLS"}
+#: Of our names; what is trained of it is in their files by the largest module, since peft saves a classifier whole.
+HEAD = "head.label."
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 #: Of peft's LoRA what changes the computation in a way that is not here, and the value that says that it is not used.
@@ -38,7 +41,6 @@ PLAIN: dict[str, Any] = {
     "use_dora": False, "use_qalora": False, "use_bdlora": None, "bias": "none", "lora_bias": False,
     "layer_replication": None, "megatron_config": None, "trainable_token_indices": None, "target_parameters": None,
     "arrow_config": None, "kasa_config": None, "velora_config": None, "alora_invocation_tokens": None,
-    "modules_to_save": None,
 }  # fmt: skip
 
 
@@ -74,10 +76,13 @@ def read_adapter(folder: Path, expected: Sequence[str]) -> tuple[dict[str, Any],
 
 
 def lora_files(
-    model: TransformerConfig, adapt: AdaptConfig, pairs: Pairs, base: str | None
+    model: TransformerConfig, adapt: AdaptConfig, pairs: Pairs, base: str | None, beside: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(adapter_config.json, tensors); ConfigError where theirs has no linear layer in the place of one of ours."""
-    tensors: dict[str, Tensor] = {}
+    """(adapter_config.json, tensors); ConfigError where theirs has no linear layer in the place of one of ours.
+
+    `beside`: the model's own tensors that were trained too, by name.
+    """
+    modules, tensors = _saved(model, beside, pairs)
     joined, targets, shapes = {}, [], model_shapes(model)
     for rule in _touched(model, pairs):
         module = rule.theirs.removesuffix(".weight")
@@ -89,7 +94,7 @@ def lora_files(
     names = _shortest(targets, [rule.theirs.removesuffix(".weight") for rule in rules_of(model)])
     raw = {
         "peft_type": "LORA",
-        "task_type": TASKS[model.kind],
+        "task_type": CLASSIFYING.get(model.classify, TASKS.get(model.kind)),
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": adapt.rank,
@@ -97,6 +102,7 @@ def lora_files(
         "lora_dropout": adapt.dropout,
         "use_rslora": adapt.rslora,
         "target_modules": names,
+        "modules_to_save": modules or None,
         "fan_in_fan_out": any(rule.transpose for rule in _touched(model, pairs)),
         "bias": "none",
         "rank_pattern": {_pattern(name): adapt.rank * count for name, count in joined.items()},
@@ -106,6 +112,40 @@ def lora_files(
         },
     }
     return raw, tensors
+
+
+def _saved(model: TransformerConfig, beside: Mapping[str, Tensor], pairs: Pairs) -> tuple[list[str], dict[str, Tensor]]:
+    """(their modules, tensors by peft's names) of what was trained beside an adapter; ConfigError where it is no whole
+    module of theirs, or one that another shares its weights with."""
+    rules = rules_of(model)
+    touched = {rule.theirs for rule in _touched(model, pairs)}
+    trained = [rule for rule in rules if beside.keys() & set(rule.ours)]
+    whole = {rule.theirs for rule in trained if beside.keys() >= set(rule.ours)} - touched
+    modules = {_module_of(rule, rules, whole): None for rule in trained}
+    for name in names_of_embedding(model):
+        if any(name.startswith(f"{module}.") for module in modules):
+            raise ConfigError(
+                f"export: {name} is shared in transformers' code, where peft would part it; export with --merge"
+            )
+    return list(modules), {f"{PREFIX}{rule.theirs}": joined_of(rule, beside, model) for rule in trained}
+
+
+def _module_of(rule: TensorRule, rules: Sequence[TensorRule], whole: set[str]) -> str:
+    """Their module that is trained with a tensor: the one that holds it, of a classifier's head the largest."""
+    parts, found = rule.theirs.split("."), None
+    for size in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:size])
+        if any(other.theirs.startswith(f"{module}.") and other.theirs not in whole for other in rules):
+            break
+        found = module
+        if not rule.ours[0].startswith(HEAD):
+            break
+    if found is None:
+        raise ConfigError(
+            f"export: {rule.ours[0]} was trained beside the adapter, whose files hold whole modules of transformers' "
+            "alone; export with --merge"
+        )
+    return found
 
 
 def _touched(model: TransformerConfig, pairs: Pairs) -> Iterator[TensorRule]:
@@ -200,9 +240,28 @@ def lora_pairs(
                 raise ConfigError(
                     f"adapt.begin={folder}: adds to {layer}; put {layer.rpartition('.')[2]} into adapt.targets"
                 )
+    for rule in rules_of(model):
+        tensors.pop(f"{PREFIX}{rule.theirs}", None)  # see `saved_tensors`
     if tensors:
         raise ConfigError(f"adapt.begin={folder}: {sorted(tensors)[0]} has no place in a {model.family}")
     return pairs
+
+
+def saved_tensors(model: TransformerConfig, folder: Path) -> dict[str, Tensor]:
+    """The model's own tensors by our names that a folder of peft's holds beside LoRA: what it calls modules_to_save.
+
+    ConfigError where one has another shape.
+    """
+    _, tensors = read_adapter(folder, ("LORA",))
+    found: dict[str, Tensor] = {}
+    shapes = model_shapes(model)
+    for rule in rules_of(model):
+        tensor = tensors.get(f"{PREFIX}{rule.theirs}")
+        try:
+            found |= {} if tensor is None else parts_of(rule, tensor, model, shapes)
+        except ValueError as error:
+            raise ConfigError(f"adapt.begin={folder}: {error}") from None
+    return found
 
 
 def _scale(raw: Mapping[str, Any], module: str, rank: int) -> float:
@@ -247,7 +306,7 @@ def virtual_files(
     }
     raw = {
         "peft_type": KINDS[adapt.method],
-        "task_type": TASKS[model.kind] or "FEATURE_EXTRACTION",
+        "task_type": TASKS.get(model.kind) or "FEATURE_EXTRACTION",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "num_virtual_tokens": adapt.tokens,

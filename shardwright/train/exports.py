@@ -107,8 +107,7 @@ def export_model(
         verdict = check_export(place, model, stored, tensors) if check else None
         if check and tokenizer is not None:
             check_tokenizer(place, tokenizer)
-        if verdict is not None and not verdict.passed:
-            raise RunError(f"{output}: is not written: {verdict.text}; report this with the model section of {CONFIG}")
+        _refuse(output, verdict)
     total = sum(num_bytes(its.meta) for its in tensors.values())
     return Export(str(output), sum(map(len, tensors.values())), total, files, verdict)
 
@@ -119,11 +118,20 @@ def _export_adapter(
     """The adapter alone, as peft has it."""
     with naming(folder):
         raw, tensors = adapter_files(config, stored)
+        ids = _special_ids(folder, config, load_known_tokenizer(folder, config))
+        beneath = {**NONE, **ids, **write_config(config.model)}  # type: ignore[arg-type]
     tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
     with writing(output, "--output"), whole_folder(output) as place:
         write_adapter(place, raw, tensors)
-        verdict = check_adapter_files(place, tensors) if check else None
+        verdict = check_adapter_files(place, config, stored, beneath, tensors, dtype) if check else None
+        _refuse(output, verdict)
     return Export(str(output), len(tensors), num_bytes(tensors), 1, verdict)
+
+
+def _refuse(output: Path, verdict: Verdict | None) -> None:
+    """RunError where a check has failed."""
+    if verdict is not None and not verdict.passed:
+        raise RunError(f"{output}: is not written: {verdict.text}; report this with the model section of {CONFIG}")
 
 
 def shard_bytes(text: str) -> int:

@@ -37,7 +37,7 @@ def pairs_of(model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def as_peft(theirs: Any, ours: Any, adapt: AdaptConfig, folder: Path) -> Any:
     folder.mkdir(exist_ok=True)
-    write_adapter(folder, *lora_files(ours.config, adapt, pairs_of(ours), None))
+    write_adapter(folder, *lora_files(ours.config, adapt, pairs_of(ours), None, {}))
     return peft.PeftModel.from_pretrained(theirs, str(folder)).eval()
 
 
@@ -79,7 +79,7 @@ def test_files_come_back_to_the_bit(architecture: str, tmp_path: Path) -> None:
     adapt = lora(targets=["q", "v"])
     _, ours = pair(architecture, adapt)
     given = pairs_of(ours)
-    write_adapter(tmp_path, *lora_files(ours.config, adapt, given, None))
+    write_adapter(tmp_path, *lora_files(ours.config, adapt, given, None, {}))
     back = lora_pairs(ours.config, adapt, tmp_path, list(given))
     assert back.keys() == given.keys()
     for layer, (a, b) in back.items():
@@ -133,9 +133,9 @@ def test_theirs_has_no_place(tmp_path: Path) -> None:
     adapt = lora()
     _, ours = pair("XLNetLMHeadModel", adapt)
     with pytest.raises(ConfigError, match="no linear layer .* --merge"):
-        lora_files(ours.config, adapt, pairs_of(ours), None)
+        lora_files(ours.config, adapt, pairs_of(ours), None, {})
     _, other = pair("GPT2LMHeadModel", adapt)
-    write_adapter(tmp_path, *lora_files(other.config, adapt, pairs_of(other), None))
+    write_adapter(tmp_path, *lora_files(other.config, adapt, pairs_of(other), None, {}))
     with pytest.raises(ConfigError, match="put v into adapt.targets"):
         lora_pairs(other.config, adapt, tmp_path, [name for name in pairs_of(other) if name.endswith("q")])
     with pytest.raises(ConfigError, match="set adapt.rank"):
