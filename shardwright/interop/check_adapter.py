@@ -84,7 +84,8 @@ def _their_logits(
     folder: Path, raw: Mapping[str, Any], base: Exported, inputs: dict[str, Tensor]
 ) -> Mapping[str, Tensor]:
     """Of transformers' model with the adapter in `folder`."""
-    from peft import PeftModel
+    with quiet():
+        from peft import PeftModel
 
     with _beneath(folder, raw, base) as place:
         theirs = open_theirs(place, raw["architectures"][0])
