@@ -151,21 +151,24 @@ class StreamDecoder:
     each token, since a decoder may treat the first token of a list in its own way (SentencePiece drops its space).
     """
 
-    LONGEST = 4  # bytes, so at most as many tokens, of one UTF-8 character
+    HELD = 3  # most signs of broken bytes that the beginning of one UTF-8 character may show as
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
         self._window: list[int] = []
-        self._read = 0  # tokens of the window whose text is out
-        self._text = ""  # their text
+        self._read = 0  # tokens of the window that were whole characters
+        self._text = ""  # of the window, what is out
 
     def push(self, token: int) -> str:
         """Text that is certain once this token is known; empty while a character is not whole."""
         self._window.append(int(token))
         text = self._decode(self._window)
-        if text.endswith("\ufffd") and len(self._window) - self._read < self.LONGEST:
-            return ""
-        return self._emit(text)
+        held = min(len(text) - len(text.rstrip("\ufffd")), self.HELD)
+        if not held:
+            return self._emit(text)
+        certain = text[len(self._text) : len(text) - held]
+        self._text += certain
+        return certain
 
     def finish(self) -> str:
         """What still waited when the tokens ended: a broken character shows as U+FFFD."""

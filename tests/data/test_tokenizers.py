@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -167,6 +167,8 @@ def test_stream_of_poems_is_piecewise(tokenizer):
 
 @settings(max_examples=80, deadline=None)
 @given(ids=st.lists(st.integers(0, 1100), max_size=30))
+@example([131, 1, 1, 197, 131])  # of SentencePiece: a stray byte, special tokens, then a whole character
+@example([131, 131, 131, 197, 131])
 def test_stream_of_any_tokens_ends_up_as_decode(tokenizer, ids):
     """Also for ids that make no valid UTF-8, and for special tokens."""
     stream = tokenizer.stream()
