@@ -223,6 +223,7 @@ SCRIPT = """
         print(*loader.worker_pids, flush=True)
         if sys.argv[2] == "stay":
             time.sleep(600)
+        sys.stdin.readline()  # until its worker has been looked at
 """
 
 
@@ -234,12 +235,16 @@ def test_workers_end_with_their_parent(folder: Path, tmp_path: Path, ending: str
     script.write_text(textwrap.dedent(SCRIPT))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(script), str(folder), ending]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None
         workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
         assert len(workers) == 1
         if ending == "stay":
             process.kill()
+        else:
+            process.stdin.write("\n")
+            process.stdin.flush()
         assert process.wait(60) == (0 if ending == "leave" else -signal.SIGKILL)
     assert not psutil.wait_procs(workers, timeout=20)[1]
 
