@@ -76,7 +76,7 @@ def saved_by_deepspeed(folder: Path, zero: int, settings: dict[str, Any]) -> dic
     """A program of a user's own: Hugging Face's GPT-2 in a DeepSpeed engine, one step, saved; its weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    with join_world("cpu", 1, ParallelConfig()):
+    with join_world("cpu", 1, ParallelConfig()), engine._linear():  # which it would leave in its own way
         deepspeed = engine._load(torch.device("cpu"))
         engine._forget_groups()
         from deepspeed.utils import safe_get_full_fp32_param
