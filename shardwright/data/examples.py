@@ -7,6 +7,7 @@ resume are the same. Shapes: S examples.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ class Examples(NamedTuple):
     targets: Ragged
 
 
-class _Reader:
+class _Reader(ABC):
     """What training and validation have in common. `raw_length` is about the tokens of an example, for block sizes."""
 
     def __init__(
@@ -57,8 +58,8 @@ class _Reader:
                 )
 
     def neighbours(self, numbers: np.ndarray) -> np.ndarray:
-        """No objective of examples asks for them."""
-        raise NotImplementedError
+        """What wants them is no supervised objective, and reads a stream of text."""
+        raise AssertionError("an objective of examples asked for neighbours")
 
     def batches(self, numbers: np.ndarray, size: int) -> Iterator[Examples]:
         """The examples with these numbers (int64; -1 gives padding), `size` at a time."""
@@ -73,9 +74,9 @@ class _Reader:
         sources, targets = ([pair[side] for pair in pairs] for side in (0, 1))
         return Examples(numbers, _ragged(sources), _ragged(targets))
 
+    @abstractmethod
     def _places(self, numbers: np.ndarray) -> Iterable[tuple[ShardFiles, int, int]]:
         """(files, shard, number of the example in it) of each."""
-        raise NotImplementedError
 
 
 class ExampleStream(_Reader):
