@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from shardwright.data.tokenizers import Tokenizer
 from shardwright.hardware import memory
 from shardwright.interop.folder import MODEL_CONFIG
-from shardwright.interop.huggingface import Exported, as_they_compute, called_for
+from shardwright.interop.huggingface import Exported
+from shardwright.interop.model_config import as_they_compute, called_for
 from shardwright.interop.weights import WeightFiles
 from shardwright.log import get_logger
 from shardwright.model.families import build_model

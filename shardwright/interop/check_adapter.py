@@ -31,7 +31,8 @@ from shardwright.interop.check import (
     what_lacks,
 )
 from shardwright.interop.folder import MODEL_CONFIG, write_json
-from shardwright.interop.huggingface import Exported, as_they_compute
+from shardwright.interop.huggingface import Exported
+from shardwright.interop.model_config import as_they_compute
 from shardwright.interop.weights import write_weights
 from shardwright.log import get_logger
 from shardwright.model.transformer import LanguageModel, TransformerConfig

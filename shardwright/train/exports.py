@@ -29,7 +29,8 @@ from shardwright.interop.folder import (
     whole_folder,
     write_json,
 )
-from shardwright.interop.huggingface import Exported, folders_beside, write_config
+from shardwright.interop.huggingface import Exported
+from shardwright.interop.model_config import folders_beside, write_config
 from shardwright.interop.peft import write_adapter
 from shardwright.interop.tokenizer import special_ids, write_tokenizer
 from shardwright.interop.weights import write_weights

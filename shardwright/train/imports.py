@@ -27,7 +27,8 @@ from shardwright.interop.folder import (
     read_json,
     whole_folder,
 )
-from shardwright.interop.huggingface import Imported, ImportedTogether, may_be_beside, read_config
+from shardwright.interop.huggingface import Imported, ImportedTogether
+from shardwright.interop.model_config import may_be_beside, read_config
 from shardwright.interop.tokenizer import load_tokenizer
 from shardwright.interop.weights import WeightFiles
 from shardwright.log import get_logger, progress

@@ -30,7 +30,8 @@ from shardwright.adapt.quantize import (
 from shardwright.config import ConfigError, RunError
 from shardwright.interop.check import Verdict, our_logits, quiet, random_inputs, relative, their_logits
 from shardwright.interop.folder import MODEL_CONFIG, whole_folder
-from shardwright.interop.huggingface import Imported, as_they_compute, called_for, folders_beside
+from shardwright.interop.huggingface import Imported
+from shardwright.interop.model_config import as_they_compute, called_for, folders_beside
 from shardwright.interop.weights import WeightFiles
 from shardwright.log import get_logger
 from shardwright.train.exports import export_model

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from shardwright.adapt import apply_adapter
 from shardwright.config import AdaptConfig
-from shardwright.interop.huggingface import Imported, read_config
+from shardwright.interop.huggingface import Imported
+from shardwright.interop.model_config import read_config
 from shardwright.model.families import build_model
 from tests.interop.test_every_family import CASES, make_theirs
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwright.interop.huggingface import export_tensors, import_tensors, write_config
+from shardwright.interop.huggingface import export_tensors, import_tensors
+from shardwright.interop.model_config import write_config
 from shardwright.model.encoder import Encoder
 from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.init import apply_init

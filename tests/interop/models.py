@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from shardwright.interop.huggingface import export_tensors, write_config
+from shardwright.interop.huggingface import export_tensors
+from shardwright.interop.model_config import write_config
 from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.init import apply_init
 from shardwright.model.transformer import LanguageModel

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from shardwright.interop.huggingface import export_tensors, import_tensors, read_config, write_config
+from shardwright.interop.huggingface import export_tensors, import_tensors
+from shardwright.interop.model_config import read_config, write_config
 from shardwright.model.deberta import Deberta
 from shardwright.model.disentangled import log_buckets
 from shardwright.model.families import FAMILIES, build_model

@@ -10,14 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwright.interop.huggingface import (
-    export_tensors,
-    folders_beside,
-    import_all,
-    import_tensors,
-    read_config,
-    write_config,
-)
+from shardwright.interop.huggingface import export_tensors, import_all, import_tensors
+from shardwright.interop.model_config import folders_beside, read_config, write_config
 from shardwright.model.count import num_parameters
 from shardwright.model.dropout import uniform
 from shardwright.model.electra import Electra, ElectraConfig

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwright.interop.huggingface import export_tensors, import_tensors, read_config, write_config
+from shardwright.interop.huggingface import export_tensors, import_tensors
+from shardwright.interop.model_config import read_config, write_config
 from shardwright.model.count import num_parameters
 from shardwright.model.encoder_decoder import EncoderDecoder
 from shardwright.model.families import FAMILIES, build_model

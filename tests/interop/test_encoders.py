@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from shardwright.interop.huggingface import read_config, write_config
+from shardwright.interop.model_config import read_config, write_config
 from shardwright.model.families import FAMILIES, build_model
 from tests.interop.masked import (
     CLOSE,

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import shardwright
 from shardwright.interop.check import check_export
-from shardwright.interop.huggingface import Exported, Imported, folders_beside, write_config
-from shardwright.interop.huggingface import read_config as read_model
+from shardwright.interop.huggingface import Exported, Imported
+from shardwright.interop.model_config import folders_beside, write_config
+from shardwright.interop.model_config import read_config as read_model
 from shardwright.interop.weights import WeightFiles, write_weights
 from shardwright.model.encoder import Encoder
 from shardwright.model.families import FAMILIES

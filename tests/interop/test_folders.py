@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import shardwright
 from shardwright.checkpoint import StoredTensors
 from shardwright.interop import check
-from shardwright.interop.huggingface import Exported, write_config
+from shardwright.interop.huggingface import Exported
+from shardwright.interop.model_config import write_config
 from shardwright.interop.weights import INDEX, SINGLE, WeightFiles
 from shardwright.launcher.cli import run
 from shardwright.train import exports

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shardwright.interop.huggingface import export_tensors, import_tensors, read_config, write_config
+from shardwright.interop.huggingface import export_tensors, import_tensors
+from shardwright.interop.model_config import read_config, write_config
 from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.transformer import TransformerConfig
 from tests.interop.models import CASES, SMALL, build_ours, to_theirs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardwright.interop.huggingface import read_config
+from shardwright.interop.model_config import read_config
 from shardwright.model.count import num_parameters
 from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.transformer import TransformerConfig
