@@ -1,6 +1,6 @@
 """Hugging Face's tensors to ours and back, from the maps that families carry as data.
 
-Stands on model/families.py, beside model_config.py. Either side's tensors are a view of the other's, made one at a time,
+Stands on model/families.py, beside model_config.py. Either side is a view of the other's tensors, made one at a time,
 so that what reads lazily is never held whole. Every tensor is accounted for: what is missing, unexpected or of another
 shape is an error that names it.
 """
