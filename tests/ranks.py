@@ -17,13 +17,14 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import pytest
 
 SIZE = 8
+GRACE_S = 15.0
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -45,9 +46,13 @@ class Ranks:
         self._start(n)
         port, deadline = free_port(), time.monotonic() + timeout
         workers = self._workers[:n]
-        for rank, (_, pipe) in enumerate(workers):
-            pipe.send((rank, n, port, function, args))
-        answers = [self._answer(rank, n, pipe, deadline) for rank, (_, pipe) in enumerate(workers)]
+        try:
+            for rank, (_, pipe) in enumerate(workers):
+                pipe.send((rank, n, port, function, args))
+            answers = self._answers([pipe for _, pipe in workers], deadline)
+        except BaseException:  # a test that is over its time, or stopped by hand: the next job is for other processes
+            self.close()
+            raise
         failed = [f"rank {rank} of {n}: {value}" for rank, (good, value) in enumerate(answers) if not good]
         if failed:
             self.close()
@@ -66,13 +71,17 @@ class Ranks:
             there.close()
             self._workers.append((process, here))
 
-    def _answer(self, rank: int, n: int, pipe: Connection, deadline: float) -> tuple[bool, Any]:
-        try:
-            if pipe.poll(max(deadline - time.monotonic(), 0.1)):
-                return pickle.loads(pipe.recv_bytes())
-        except (EOFError, ConnectionResetError):
-            return False, "died"
-        return False, "did not answer in time"
+    def _answers(self, pipes: list[Connection], deadline: float) -> list[tuple[bool, Any]]:
+        """What each rank answers, by rank; once one has failed the others, which may wait for it, have GRACE_S left."""
+        answers: dict[int, tuple[bool, Any]] = {}
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+        while waiting and (ready := wait(list(waiting), max(deadline - time.monotonic(), 0.1))):
+            for pipe in ready:
+                rank = waiting.pop(pipe)  # type: ignore[call-overload]
+                answers[rank] = receive(pipe)  # type: ignore[arg-type]
+                if not answers[rank][0]:
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        return [answers.get(rank, (False, "did not answer in time")) for rank in range(len(pipes))]
 
     def close(self) -> None:
         """End the processes; the next `run` starts new ones."""
@@ -82,6 +91,14 @@ class Ranks:
         for process, _ in self._workers:
             process.join()
         self._workers = []
+
+
+def receive(pipe: Connection) -> tuple[bool, Any]:
+    """The answer that has come in; of a rank that is gone, that it died."""
+    try:
+        return pickle.loads(pipe.recv_bytes())
+    except (EOFError, ConnectionResetError):
+        return False, "died"
 
 
 def free_port() -> int:

@@ -227,13 +227,21 @@ class EncoderDecoder(LanguageModel):
         """
         context = self.context(inputs, cache)
         keys = context.layer_keys
-        source, target = self._embed(inputs, context, keys) if x is None else split_streams(x, inputs)
+        if x is None:
+            source, target = self._embed(inputs, context, keys)
+        else:
+            x, context = self.enter(x, context)
+            source, target = split_streams(x, inputs)
         source = self._encode(source, context, keys)
         target = self._decode(source, target, context, keys, cache)
         if self.layers()[-1][0] != self.end:
             assert source is not None, "a part of a model has both streams"
             return torch.cat([source, target], dim=1)
         return target if self.final_norm is None else self.final_norm(target)
+
+    def enter(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
+        """What a part of a model begins with: activations of the part before it, and what its own blocks share."""
+        return x, context
 
     def _embed(self, inputs: Inputs, context: Context, keys: Tensor | None) -> tuple[Tensor | None, Tensor]:
         embed: Any = self.embed

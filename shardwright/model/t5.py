@@ -99,6 +99,32 @@ class T5(EncoderDecoder):
             context = context._replace(encoder=encoder)
         return context
 
+    def enter(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
+        """Biases come in together with the activations, for the sake of zero-bubble schedules; see `_Together`."""
+        encoder = context.encoder
+        x, mask, source_mask = _Together.apply(x, context.mask, None if encoder is None else encoder.mask)
+        return x, context._replace(mask=mask, encoder=encoder and encoder._replace(mask=source_mask))
+
+
+class _Together(torch.autograd.Function):
+    """Tensors as they are, which to autograd come out of one operation.
+
+    torch's split of a backward pass (gradients of activations first, those of weights later) goes back from every place
+    where a weight meets the activations, through all that lies between them. A table that several blocks read meets
+    them in each; behind this it does so once, before the first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The same tensors."""
+        ctx.set_materialize_grads(False)
+        return tuple(None if x is None else x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Their gradients."""
+        return grads
+
 
 def place_offsets(
     row_index: Tensor | None, key_index: Tensor | None, past: int, length: int, device: torch.device
