@@ -314,13 +314,13 @@ def write_page(options: argparse.Namespace, facts: Line, figures: Line, held: Ar
 
 def introduction(options: argparse.Namespace, peer: Line, held: Arrays) -> str:
     """What was measured."""
-    shape = ", ".join(f"{field} {value}" for field, value in SHAPE.items())
+    shape = ", ".join(f"{field} {value}" for field, value in {**SHAPE, "batch": options.peer_batch}.items())
     mode = f"{'bf16 autocast' if peer['bf16'] else 'float32'}, {'compiled' if peer['compiled'] else 'not compiled'}"
     return (
         f"{options.minutes:g} minutes of pre-training each on this machine, one after the other, on the bundled "
         f"English corpus with its byte-level BPE of 8,192 tokens and four special ones. Ours is `{options.config}`, by "
-        f"`shardwright train`. The peer is transformers' BertForMaskedLM of random weights ({shape}, "
-        f"batch {options.peer_batch}) under Trainer by its usual recipe: {MASKED:.0%} hidden by DataCollatorForLanguageModeling, AdamW, betas 0.9 and 0.999, decay "
+        f"`shardwright train`. The peer is transformers' BertForMaskedLM of random weights ({shape}) under Trainer by "
+        f"its usual recipe: {MASKED:.0%} hidden by DataCollatorForLanguageModeling, AdamW, betas 0.9 and 0.999, decay "
         f"0.01, clipping 1.0, dropout {options.peer_dropout:g}, linear warm-up over 5 % of the time, then linear to "
         f"zero at its end; {mode}, which was the fastest here. Starting and compiling are in the minutes of both. All "
         f"are scored by one evaluator in float32 on the same {int(held['weights'].sum()):,} hidden tokens, "
