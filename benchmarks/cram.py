@@ -278,7 +278,7 @@ def tune_ours(options: argparse.Namespace, begin: Line, mails: Path, lr: float) 
     settings = [f"begin={begin['folder']}", "objective={name: classify}", f"data.path={mails}", *options.set]
     settings += ["train.budget=null", "train.tokens=null", f"train.steps={steps}", "batch.ramp=null"]
     settings += [f"batch.sequences={batch}", f"batch.micro={batch}", f"optimizer.lr={lr}", "train.clip=1.0"]
-    settings += ["optimizer.betas=[0.9,0.999]", "optimizer.eps=1e-8", "model.residual_dropout=0.1"]
+    settings += ["optimizer.betas=[0.9,0.999]", "optimizer.eps=1.0e-8", "model.residual_dropout=0.1"]
     settings += [f"schedule.warmup={TUNING['warmup']}", "schedule.start=0.0", "evaluate.every=null"]
     train_ours(options, run, settings)
     return open_ours(run)

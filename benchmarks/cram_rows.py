@@ -51,8 +51,8 @@ def example_rows(config: Any, folder: Path, split: str) -> Arrays:
     from shardwright.train.build import build_objective
     from shardwright.train.evaluate import Validation
 
-    stream, length = ValidationExamples([str(folder)], raw_length=1, split=split), config.data.sequence_length
-    objective = build_objective(config, evaluation=True)
+    objective, length = build_objective(config, evaluation=True), config.data.sequence_length
+    stream = ValidationExamples([str(folder)], raw_length=objective.raw_length(length), split=split)
     found = Validation(stream, objective, length=length, batch=64, world=World())
     rows = rows_of(batch for step in found.batches() for batch in step)
     return {name: rows[name] for name in ("input_ids", "attention_mask")} | {"labels": rows["labels"][:, 0]}
