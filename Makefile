@@ -19,7 +19,7 @@ PINS := constraints.txt
 INSTALL_INPUTS := setup.py pyproject.toml $(PINS)
 TEST_EXTRAS := data,hf,export,deepspeed,accelerate,ray,dev
 
-BENCHMARKS := startup step stream objectives kill faults speedrun zero scaling watch
+BENCHMARKS := startup step stream objectives kill faults speedrun cram zero scaling watch
 
 .DEFAULT_GOAL := help
 .PHONY: help venv dev train test sample lint bench bench-gpu bench-peers clean

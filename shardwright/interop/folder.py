@@ -19,7 +19,9 @@ from shardwright.config import ConfigError
 MODEL_CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 OTHERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 COMPANIONS = (MODEL_CONFIG, GENERATION, TOKENIZER_CONFIG, *OTHERS)
-TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "merges.txt", "vocab.txt", "*.tiktoken")
+TOKENIZERS = ("tokenizer.json", "*.model", "*.spm", "vocab.json", "merges.txt", "vocab.txt", "*.tiktoken")
+#: Marian's tokenizer, which cuts the text of either language by a model of its own: kept, and not read here.
+PAIR = ("source.spm", "target.spm", "vocab.json")
 GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 SPECIAL_IDS = (*GENERATION_IDS, "cls_token_id", "sep_token_id", "mask_token_id")
 UNFINISHED = "unfinished_"
@@ -77,9 +79,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
+def holds_pair(folder: Path) -> bool:
+    """Whether Marian's tokenizer lies there; vocab.json alone is of others too."""
+    return all((folder / name).is_file() for name in PAIR)
+
+
 def copy_companions(source: Path, target: Path) -> None:
-    """What `source` has of `COMPANIONS`, byte for byte."""
-    for name in COMPANIONS:
+    """What `source` has of `COMPANIONS`, and Marian's tokenizer, byte for byte."""
+    for name in (*COMPANIONS, *(PAIR if holds_pair(source) else ())):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from shardwright.config import ConfigError
 from shardwright.data.tokenizers import Tokenizer
-from shardwright.interop.folder import TOKENIZER_CONFIG, write_json
+from shardwright.interop.folder import PAIR, TOKENIZER_CONFIG, holds_pair, write_json
+from shardwright.log import get_logger
 
 # What transformers calls a special token -> the customary names of it, the first of which a vocabulary has.
 CUSTOMARY = {
@@ -25,13 +26,14 @@ CLASSES = {"tokenizer.json": "PreTrainedTokenizerFast", "tokenizer.model": "Llam
 
 
 def load_tokenizer(folder: Path, end_of_document: Any = None) -> Tokenizer | None:
-    """The tokenizer that lies in a folder; None where there is none.
+    """The tokenizer that lies in a folder; None where there is none, with a warning where it is Marian's.
 
     `end_of_document`, an id or none, is taken where neither its files nor custom say which token that is.
     """
     names = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
     merges = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))  # a pair of Marian's has none
     if not (merges or any((folder / name).is_file() for name in names) or any(folder.glob("*.tiktoken"))):
+        _warn_of_pair(folder)
         return None
     try:
         return Tokenizer.load(folder)
@@ -39,6 +41,16 @@ def load_tokenizer(folder: Path, end_of_document: Any = None) -> Tokenizer | Non
         if not isinstance(end_of_document, int):
             raise
         return Tokenizer.load(folder, end_of_document=end_of_document)
+
+
+def _warn_of_pair(folder: Path) -> None:
+    """Marian's tokenizer is two, one a language, over the ids of a third file; everything here takes one file."""
+    if holds_pair(folder):
+        get_logger().warning(
+            "%s: opened without a tokenizer, since %s are one for each language; give the model ids of transformers' "
+            "MarianTokenizer, or put a tokenizer.json with the ids of vocab.json there",
+            folder, ", ".join(PAIR),
+        )  # fmt: skip
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:

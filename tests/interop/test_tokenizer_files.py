@@ -11,7 +11,12 @@ import pytest
 from shardwright.config import ConfigError
 from shardwright.data.tokenizers import Tokenizer
 from shardwright.interop.check import check_tokenizer
+from shardwright.interop.folder import PAIR
 from shardwright.interop.tokenizer import load_tokenizer, special_ids, special_tokens, write_tokenizer
+from shardwright.launcher.cli import run
+from tests.interop.commands import done
+from tests.interop.test_every_family import CASES
+from tests.interop.test_every_family import save_theirs as save_family
 
 transformers = pytest.importorskip("transformers")
 
@@ -87,3 +92,43 @@ def test_the_end_of_a_document_may_be_told_by_the_model(prepared: Path, tmp_path
         load_tokenizer(tmp_path)
     found = load_tokenizer(tmp_path, 5)
     assert found is not None and found.end_of_document == 5
+
+
+def test_a_pair_of_marians_is_kept_and_told_of(bundled: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One SentencePiece model a language: a line says what to do, and an export has what transformers opens."""
+    theirs, ours, back = tmp_path / "theirs", tmp_path / "ours", tmp_path / "back"
+    save_family(theirs, "MarianMTModel", CASES["MarianMTModel"][2])
+    write_pair(theirs, bundled)
+    capsys.readouterr()
+    assert run(["import", str(theirs), "--output", str(ours)]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "source.spm" in line]
+    assert len(said) == 1 and f"{theirs}: opened without a tokenizer, since {', '.join(PAIR)} are one" in said[0]
+    assert "MarianTokenizer, or put a tokenizer.json" in said[0]
+    done(capsys, "export", ours, "--output", back)
+    assert all((back / name).read_bytes() == (theirs / name).read_bytes() for name in PAIR)
+    before, after = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (theirs, back))
+    assert isinstance(after, transformers.MarianTokenizer)
+    assert len(before(TEXT)["input_ids"]) > 10 and after(TEXT) == before(TEXT)
+
+    (theirs / "target.spm").unlink()  # no pair: vocab.json alone is nobody's
+    assert load_tokenizer(theirs) is None and "source.spm" not in capsys.readouterr().err
+
+
+def write_pair(folder: Path, bundled: Path) -> None:
+    """Marian's tokenizer, by transformers' own class: two models, and ids for the pieces of both."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pieces = {"</s>": 0, "<unk>": 1}
+    text = (bundled / "english.jsonl").read_text("utf-8").splitlines()
+    for side, size in zip(PAIR, (90, 120), strict=False):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text), model_writer=model, vocab_size=size, hard_vocab_limit=False, minloglevel=2,
+            num_threads=1,
+        )  # fmt: skip
+        (folder / side).write_bytes(model.getvalue())
+        found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+        for number in range(found.vocab_size()):
+            pieces.setdefault(found.id_to_piece(number), len(pieces))
+    pieces["<pad>"] = len(pieces)
+    (folder / "vocab.json").write_text(json.dumps(pieces))
+    transformers.MarianTokenizer.from_pretrained(folder).save_pretrained(folder)
