@@ -101,7 +101,7 @@ def run_cells(cells: Sequence[Cell], log: Path, revision: str, options: argparse
     folder = options.runs / revision.replace("+", "-")
     pool = Ranks()
     try:
-        bench = Matrix(pool, prepare_text(options.runs / "text"), folder, options.patience)
+        bench = Matrix(pool, prepare_text(options.runs / "text"), folder, patience=options.patience)
         for number, cell in enumerate(cells, 1):
             if time.monotonic() > end:
                 say(f"{options.limit_minutes:g} minutes are over; {len(cells) - number + 1} cells are left")

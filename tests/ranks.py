@@ -141,6 +141,7 @@ def answer(rank: int, size: int, port: int, function: str, args: tuple[Any, ...]
         # DTensor remembers answers by how a mesh looks, with the groups of the mesh it first saw.
         _clear_sharding_prop_cache()
         gc.collect()  # a run is a ring of objects: until then its groups live on, whose threads wake 100 times a second
+        gc.freeze()  # what is left is torch and its like, which the next job need not look through
         for name in VARIABLES:
             os.environ.pop(name, None)
         sys.stdout.flush()

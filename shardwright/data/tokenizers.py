@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -142,6 +142,13 @@ class Tokenizer:
     def spelling(self, token: int) -> str | None:
         """Text of a token as the vocabulary has it ("</s>", "Ġthe"), None where it lacks that id."""
         return self.backend.spelling(token)
+
+
+class Frame(NamedTuple):
+    """Special tokens around a text, as a model was trained with them."""
+
+    start: int | None = None  # what a text comes after; None is the end of a document
+    first: int | None = None  # <s>, with which both texts of an encoder-decoder begin
 
 
 class StreamDecoder:

@@ -84,6 +84,15 @@ def holds_pair(folder: Path) -> bool:
     return all((folder / name).is_file() for name in PAIR)
 
 
+def read_ids(folder: Path) -> dict[str, int]:
+    """Ids of special tokens by use (bos, decoder_start, ...): of generation_config.json, or else of config.json."""
+    raw: dict[str, Any] = {}
+    for name in (MODEL_CONFIG, GENERATION):
+        if (folder / name).is_file():
+            raw |= {key: value for key, value in read_json(folder / name).items() if isinstance(value, int)}
+    return {key.removesuffix("_token_id"): raw[key] for key in SPECIAL_IDS if key in raw}
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """What `source` has of `COMPANIONS`, and Marian's tokenizer, byte for byte."""
     for name in (*COMPANIONS, *(PAIR if holds_pair(source) else ())):

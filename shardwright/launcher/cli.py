@@ -175,8 +175,8 @@ def generate(
     loaded = load(run_folder)
     if loaded.model.config.kind == "decoder":  # else the prompt is what is read, and the text another
         sys.stdout.write(prompt)
-    start = loaded.target_start
-    for piece in stream_text(loaded.model, loaded.tokenizer, prompt, sampling, max_new_tokens=tokens, start=start):
+    told: dict[str, Any] = {"max_new_tokens": tokens, "frame": loaded.frame}
+    for piece in stream_text(loaded.model, loaded.tokenizer, prompt, sampling, **told):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

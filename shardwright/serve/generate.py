@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shardwright.config import ConfigError, RunError
-from shardwright.data.tokenizers import StreamDecoder
+from shardwright.data.tokenizers import Frame, StreamDecoder
 from shardwright.model.attention import Cache
 from shardwright.model.encoder_decoder import EncoderDecoder
 from shardwright.model.transformer import Inputs, LanguageModel
@@ -68,19 +68,20 @@ def stream_text(
     sampling: Sampling = Sampling(),  # noqa: B008
     *,
     max_new_tokens: int = 200,
-    start: int | None = None,
+    frame: Frame = Frame(),  # noqa: B008
 ) -> Iterator[str]:
     """Pieces of text that go on from `prompt`, each whole characters, until the document ends or the tokens do.
 
-    A document is read as in training: after an end-of-document token. An encoder-decoder reads it with that token
-    behind, and its text comes after `start`, by default the same token. ValueError for an empty prompt where the
-    tokenizer has none, and for what `check_prompt` refuses.
+    A document is read as in training: after an end-of-document token, or what `frame` has in its place. An
+    encoder-decoder reads it with that token behind. ValueError for an empty prompt where the tokenizer has none, and
+    for what `check_prompt` refuses.
     """
     check_prompt(prompt)
     end = getattr(tokenizer, "end_of_document", None)
     ends, text = [] if end is None else [end], [int(i) for i in tokenizer.encode(prompt)]
-    reads, begin = isinstance(model, EncoderDecoder), ends if start is None else [start]
-    ids, source = (begin, text + ends) if reads else (ends + text, None)
+    start, first = ends if frame.start is None else [frame.start], [] if frame.first is None else [frame.first]
+    reads = isinstance(model, EncoderDecoder)
+    ids, source = (start + first, first + text + ends) if reads else (start + text, None)
     known = getattr(tokenizer, "vocab_size", None)
     decoder = StreamDecoder(tokenizer.decode)
     limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": end, "vocab_size": known}
@@ -109,7 +110,7 @@ def stream_tokens(
     """
     if model.config.classify != "none":
         raise ConfigError(f"model.classify={model.config.classify}: tells classes and cannot generate text")
-    if model.config.kind == "encoder":
+    if model.config.kind not in ("decoder", "encoder-decoder"):
         raise ConfigError(f"model.family={model.config.family}: sees both sides of a token and cannot generate text")
     if not prompt:
         raise ValueError("prompt: is empty and the tokenizer has no end-of-document token; give at least one token")

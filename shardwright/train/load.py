@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shardwright.adapt import apply_adapter
-from shardwright.checkpoint import find_newest
+from shardwright.checkpoint import find_newest, read_manifest
 from shardwright.checkpoint import load as load_checkpoint
 from shardwright.config import Config, ConfigError
-from shardwright.data.tokenizers import Tokenizer
-from shardwright.interop.folder import is_huggingface
+from shardwright.data.tokenizers import Frame, Tokenizer
+from shardwright.interop.folder import is_huggingface, read_ids
 from shardwright.interop.tokenizer import load_tokenizer
 from shardwright.model.families import build_model
 from shardwright.model.transformer import LanguageModel
 from shardwright.parallel.mesh import choose_device
 from shardwright.train.folder import CHECKPOINTS, CONFIG
-from shardwright.train.imports import open_huggingface
+from shardwright.train.imports import IMPORTED, open_huggingface
 from shardwright.train.settings import read_config
 
 
@@ -33,13 +33,16 @@ class Loaded:
     folder: Path
     checkpoint: Path  # the folder itself where it is Hugging Face's
     known_tokenizer: Tokenizer | None
+    imported_ids: Mapping[str, int] = field(default_factory=dict)  # special tokens by Hugging Face's files
 
     @property
-    def target_start(self) -> int | None:
-        """The token that a decoder's text came after in training; None where it is the end of a document."""
-        objective = self.config.objective
-        use = "pad" if objective.name == "span" else getattr(objective, "start", "end")
-        return objective.special_tokens.get(use)
+    def frame(self) -> Frame:
+        """The special tokens around a text: those of the run, or what Hugging Face's files say of an imported model."""
+        objective, theirs = self.config.objective, self.imported_ids
+        use, known = "pad" if objective.name == "span" else getattr(objective, "start", "end"), objective.special_tokens
+        start = theirs.get("bos" if self.model.config.kind == "decoder" else "decoder_start")
+        begins = objective.name == "denoise" or getattr(objective, "begin", False)
+        return Frame(known.get(use, start), known.get("bos", theirs.get("bos")) if begins else None)
 
     def __call__(self, **inputs: Any) -> Mapping[str, Any]:
         """Call the model by Hugging Face's names: `loaded(input_ids=...)["logits"]`; without gradients."""
@@ -70,7 +73,8 @@ def load(path: str | Path, *, device: str = "auto") -> Loaded:
     apply_adapter(model, config.adapt)
     weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     load_checkpoint(checkpoint, weights, within="model.", cast=True)  # masters may be float64, imported ones bfloat16
-    return Loaded(model.to(choose_device(device)).eval(), config, folder, checkpoint, tokenizer)
+    ids = read_ids(folder) if IMPORTED in read_manifest(checkpoint).state else {}
+    return Loaded(model.to(choose_device(device)).eval(), config, folder, checkpoint, tokenizer, ids)
 
 
 def _load_huggingface(folder: Path, device: str) -> Loaded:
@@ -79,7 +83,8 @@ def _load_huggingface(folder: Path, device: str) -> Loaded:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(opened.tensors[name])
-    return Loaded(model.to(choose_device(device)).eval(), opened.config(), folder, folder, opened.tokenizer)
+    ids = read_ids(folder)
+    return Loaded(model.to(choose_device(device)).eval(), opened.config(), folder, folder, opened.tokenizer, ids)
 
 
 def load_known_tokenizer(folder: Path, config: Config) -> Tokenizer | None:

@@ -402,15 +402,15 @@ def sample(seed: int) -> list[Cell]:
     return cells
 
 
-def config(prepared: str | Path, run: str | Path, shape: str = "gpt2") -> dict[str, Any]:
-    """A run of 20 steps on real packed text, 8 sequences a step in 8 micro-batches of one process."""
+def config(prepared: str | Path, run: str | Path, shape: str = "gpt2", steps: int = STEPS) -> dict[str, Any]:
+    """A run on real packed text, 8 sequences a step in 8 micro-batches of one process."""
     return {
         "run": str(run),
         "model": SHAPES[shape],
         "objective": OBJECTIVES.get(shape, {"name": "causal"}),
         "data": {"path": str(prepared), "sequence_length": 64, "workers": 0},
         "batch": {"sequences": 8, "micro": 1},
-        "train": {"steps": STEPS, "compile": False, "threads": 1, "seed": 5},
+        "train": {"steps": steps, "compile": False, "threads": 1, "seed": 5},
         "optimizer": {"lr": 1e-3},
         # Without warm-up Adam's first step is lr x the sign of each gradient, also of those that are but rounding.
         "schedule": {"warmup_steps": 5},

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from shardwright.log import get_logger
 from shardwright.train.metrics import read_metrics
 from tests.conftest import first_documents
-from tests.equivalence.cells import BOUNDS, Cell, config, disagreement
+from tests.equivalence.cells import BOUNDS, STEPS, Cell, config, disagreement
 from tests.equivalence.work import overflow, run
 from tests.ranks import RankError, Ranks
 
@@ -37,10 +37,12 @@ RENEWED = 40  # runs after which the pool is started again: torch's caches keep 
 
 
 class Matrix:
-    """Cells, run one after the other in `folder`; `prepared` is the text they train on."""
+    """Cells, run one after the other in `folder` for so many steps; `prepared` is the text they train on."""
 
-    def __init__(self, pool: Ranks, prepared: Path, folder: Path, patience: float = 600.0) -> None:
-        self.pool, self.prepared, self.folder, self.patience = pool, prepared, folder, patience
+    def __init__(
+        self, pool: Ranks, prepared: Path, folder: Path, *, patience: float = 600.0, steps: int = STEPS
+    ) -> None:
+        self.pool, self.prepared, self.folder, self.patience, self.steps = pool, prepared, folder, patience, steps
         self._runs = 0
 
     def check(self, cell: Cell) -> Verdict:
@@ -75,7 +77,7 @@ class Matrix:
         self._runs += 1
         if self._runs % RENEWED == 0:
             self.pool.close()
-        raw = config(self.prepared, folder, cell.shape)
+        raw = config(self.prepared, folder, cell.shape, self.steps)
         spoil = (SPOILED, processes - 1) if cell.precision == "fp16" else None
         work = "tests.equivalence.matrix:train_quietly"
         return self.pool.run(processes, work, raw, overrides, spoil, timeout=self.patience)[0]

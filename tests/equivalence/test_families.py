@@ -1,7 +1,8 @@
 """Every family trains under ZeRO 3 and under three axes as one process does, through whole runs on real text.
 
-The rest of their cells is in the matrix. ELECTRA draws tokens, so a difference in the last bit may draw another one: in
-float32 that did not happen in these runs, and in float64, with bounds of its own, it cannot be told from chance.
+Eight steps here, five of them of warm-up; the matrix has the rest of their cells, of 20 steps each. ELECTRA draws
+tokens, so a difference in the last bit may draw another one: in float32 that did not happen in these runs, and in
+float64, with bounds of its own, it cannot be told from chance.
 """
 
 from pathlib import Path
@@ -13,8 +14,9 @@ from tests.equivalence.cells import EIGHT, FAMILIES, LAYOUTS, TWOFOLD, Cell, fit
 from tests.equivalence.matrix import Matrix
 from tests.ranks import Ranks
 
+STEPS = 8
 MORE = (
-    *(Cell(shape, layout) for shape in TWOFOLD for layout in ("tensor2", "context2", "pipeline2_zbv")),
+    *(Cell(shape, layout) for shape in TWOFOLD for layout in ("tensor2", "context2")),
     *(Cell("electra", layout, "fp64") for layout in ("zero3", "pipeline2_1f1b")),
 )
 
@@ -22,7 +24,7 @@ MORE = (
 @pytest.fixture(scope="module")
 def bench(ranks: Ranks, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     """Cells of one shape share one process."""
-    return Matrix(ranks, prepared, tmp_path_factory.mktemp("families"))
+    return Matrix(ranks, prepared, tmp_path_factory.mktemp("families"), steps=STEPS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -33,6 +35,12 @@ def test_zero_3(bench: Matrix, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_three_axes(bench: Matrix, family: str) -> None:
     assert bench.check(Cell(family, EIGHT)).problem == ""
+
+
+@pytest.mark.parametrize("family", TWOFOLD)
+def test_zero_bubble(bench: Matrix, family: str) -> None:
+    """Gradients of weights come later, by groups that torch finds in the graph, which here has more than one stream."""
+    assert bench.check(Cell(family, "pipeline2_zbv")).problem == ""
 
 
 @pytest.mark.in_turn

@@ -24,7 +24,7 @@ PATIENCE = 600.0  # seconds that one cell may take
 @pytest.mark.timeout(60 * MINUTES + 2 * PATIENCE)
 def test_a_sample_of_the_matrix(ranks, prepared, tmp_path, capsys):
     end = time.monotonic() + 60 * MINUTES
-    bench, failed = Matrix(ranks, prepared, tmp_path, PATIENCE), []
+    bench, failed = Matrix(ranks, prepared, tmp_path, patience=PATIENCE), []
     for number, cell in enumerate(sample(SEED), 1):
         verdict = bench.check(cell)
         failed += [f"{cell.name}: {verdict.problem}"] if verdict.problem else []

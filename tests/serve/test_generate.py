@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shardwright.config import RunError
+from shardwright.config import ConfigError, RunError
+from shardwright.data.tokenizers import Frame
 from shardwright.model.encoder_decoder import EncoderDecoder
 from shardwright.model.families import FAMILIES, build_model
 from shardwright.model.init import apply_init
@@ -76,7 +77,7 @@ def test_an_encoder_decoder_reads_its_source_once(family: str) -> None:
         assert token == int(logits.argmax())
         tokens.append(token)
     assert len(list(stream_tokens(model, [2], Sampling(0), max_new_tokens=40, source=source))) == 40
-    text = "".join(stream_text(model, Bytes(), "ab", Sampling(0), max_new_tokens=9, start=3))
+    text = "".join(stream_text(model, Bytes(), "ab", Sampling(0), max_new_tokens=9, frame=Frame(3)))
     tokens = list(
         stream_tokens(model, [3], Sampling(0), max_new_tokens=9, stop=256, vocab_size=257, source=[97, 98, 256])
     )
@@ -178,3 +179,9 @@ def test_bad_sampling_is_named() -> None:
         list(stream_text(make(), Bytes(), b"ab\xff".decode(errors="surrogateescape")))
     with pytest.raises(ValueError, match="prompt: is empty"):
         list(stream_tokens(make(), [], max_new_tokens=1))
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta", "electra", "xlnet"])
+def test_what_sees_both_sides_is_refused(family: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.family={family}: sees both sides of a token and cannot generate"):
+        next(stream_tokens(make(family), [1], max_new_tokens=1))

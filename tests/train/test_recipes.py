@@ -126,6 +126,9 @@ def test_what_the_papers_predict() -> None:
     for name, fields in expected.items():
         objective = read_config(name).objective.model_dump()
         assert {key: objective[key] for key in fields} == fields, name
+    for name in ("bert", "roberta", "deberta", "deberta_v2", "electra", "xlnet", "bart", "transformer", "t5"):
+        model = read_config(name).model
+        assert (model.embed_dropout, model.residual_dropout) == (0.1, 0.1), f"{name}: dropout 0.1, as all of these"
     assert not read_config("roberta").data.mask_documents, "full sentences cross documents"
     adam = read_config("transformer").optimizer
     assert (adam.name, adam.betas, adam.eps, adam.weight_decay) == ("adam", [0.9, 0.98], 1e-9, 0.0)
