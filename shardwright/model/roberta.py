@@ -1,11 +1,14 @@
 """RoBERTa (Liu et al. 2019): BERT's stack without segments and without the head for pairs, longer trained.
 
-A line of families.py. Positions are counted from 2 in its embedding, as fairseq did and Hugging Face does.
+A line of families.py. Positions are counted from 2 in its embedding, and from the first token that is no padding, as
+fairseq did and Hugging Face does. Shapes: B batch, T tokens.
 """
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
+
+from torch import Tensor
 
 from shardwright.config import meaning
 from shardwright.model import bert
@@ -25,6 +28,18 @@ class RobertaConfig(EncoderConfig):
     norm_eps: float = meaning(1e-5, "Added to the variance", gt=0)
     position_offset: int = meaning(2, "Rows of the learned positions that come before the first one's", ge=0)
     token_types: int = meaning(1, "Kinds of segments that a token may be of; 0 leaves their vectors out", ge=0)
+
+
+class Roberta(Encoder):
+    """An encoder whose positions count real tokens, on whichever side padding is."""
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *given: Tensor | None, **named: Tensor | None
+    ) -> dict[str, Tensor]:
+        """As any encoder's; positions [B, T] that are not given follow from the mask [B, T]."""
+        if attention_mask is not None and len(given) < 2:
+            named.setdefault("position_ids", (attention_mask.cumsum(1) - 1).clamp(min=0))
+        return super().forward(input_ids, attention_mask, *given, **named)
 
 
 HUGGINGFACE = HuggingFaceMap(
@@ -57,4 +72,4 @@ HUGGINGFACE = HuggingFaceMap(
     ignored=(".position_ids", "lm_head.decoder.bias"),
 )
 
-FAMILY = Family(RobertaConfig, Encoder, HUGGINGFACE)
+FAMILY = Family(RobertaConfig, Roberta, HUGGINGFACE)

@@ -62,13 +62,7 @@ def check_equal(ours: Encoder, theirs: torch.nn.Module, **given: Tensor) -> None
     torch.testing.assert_close(found, expected, **CLOSE)
     labels = torch.where(given["input_ids"] % 3 == 0, given["input_ids"], -100)
     labels[:, 0] = 5
-    ours.zero_grad()
-    theirs.zero_grad()
-    loss, target = (F.cross_entropy(x.flatten(0, 1), labels.flatten()) for x in (found, expected))
-    torch.testing.assert_close(loss, target, atol=1e-6, rtol=1e-6)
-    loss.backward()
-    target.backward()
-    check_gradients(ours, theirs)
+    check_loss(ours, theirs, found, expected, labels)
 
 
 def check_gradients(ours: Encoder, theirs: torch.nn.Module) -> None:
@@ -80,25 +74,40 @@ def check_gradients(ours: Encoder, theirs: torch.nn.Module) -> None:
         torch.testing.assert_close(mine, gradient, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def check_padding(ours: Encoder, theirs: torch.nn.Module) -> None:
-    """Rows of 17 and 9 tokens, the latter padded on the right: real tokens agree, and with the row alone."""
-    tokens = ids(2, 17)
-    mask = torch.ones_like(tokens)
-    mask[1, 9:] = 0
-    real = mask.bool()
-    found = ours(tokens, attention_mask=mask)["logits"]
-    torch.testing.assert_close(found[real], _logits(theirs(tokens, attention_mask=mask))[real], **CLOSE)
-    torch.testing.assert_close(found[1, :9], ours(tokens[1:, :9])["logits"][0], **CLOSE)
+def check_padding(ours: Encoder, theirs: torch.nn.Module, side: str) -> None:
+    """Rows of 17 and 9 tokens, padded on one side: logits and loss of real tokens, gradients, and the row alone."""
+    tokens, where = ids(2, 17), slice(8, None) if side == "left" else slice(9)
+    mask = torch.zeros_like(tokens)
+    mask[0], mask[1, where] = 1, 1
+    tokens = tokens.where(mask.bool(), torch.tensor(1))  # their padding, by which RoBERTa knows it
+    found, expected = ours(tokens, attention_mask=mask)["logits"], _logits(theirs(tokens, attention_mask=mask))
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **CLOSE)
+    if side == "right":  # else places are others to a model that counts them
+        torch.testing.assert_close(found[1, where], ours(tokens[1:, where])["logits"][0], **CLOSE)
+    check_loss(ours, theirs, found, expected, torch.where(mask.bool(), tokens.roll(1), -100))
 
 
-def check_packing(ours: Encoder) -> None:
-    """Documents of 5, 1 and 7 tokens in one row are what they are one by one."""
+def check_packing(ours: Encoder, theirs: torch.nn.Module | None = None) -> None:
+    """Documents of 5, 1 and 7 tokens in one row are what they are one by one: to theirs, or to ours without theirs."""
     tokens, lengths = ids(1, 13), (5, 1, 7)
     documents = torch.repeat_interleave(torch.tensor([4, 5, 7]), torch.tensor(lengths)).unsqueeze(0)
     positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
-    found = ours(tokens, documents=documents, position_ids=positions)["logits"].split(lengths, dim=1)
-    for packed, alone in zip(found, tokens.split(lengths, dim=1), strict=True):
-        torch.testing.assert_close(packed, ours(alone)["logits"], **CLOSE)
+    found = ours(tokens, documents=documents, position_ids=positions)["logits"]
+    expected = torch.cat([_logits((theirs or ours)(alone)) for alone in tokens.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    if theirs is not None:
+        check_loss(ours, theirs, found, expected, tokens.roll(1))
+
+
+def check_loss(ours: Encoder, theirs: torch.nn.Module, found: Tensor, expected: Tensor, labels: Tensor) -> None:
+    """The loss of both logits [B, T, V] on labels [B, T], -100 where there is none, and all gradients."""
+    ours.zero_grad()
+    theirs.zero_grad()
+    loss, target = (F.cross_entropy(x.flatten(0, 1), labels.flatten()) for x in (found, expected))
+    torch.testing.assert_close(loss, target, atol=1e-6, rtol=1e-6)
+    loss.backward()
+    target.backward()
+    check_gradients(ours, theirs)
 
 
 def check_round_trip(ours: Encoder, theirs: torch.nn.Module) -> None:
@@ -109,5 +118,5 @@ def check_round_trip(ours: Encoder, theirs: torch.nn.Module) -> None:
         assert torch.equal(back[name], parameter), name
 
 
-def _logits(output: Any) -> Tensor:
-    return output.logits if "logits" in output else output.prediction_logits
+def _logits(output: Mapping[str, Any]) -> Tensor:
+    return output["logits"] if "logits" in output else output["prediction_logits"]

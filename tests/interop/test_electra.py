@@ -169,6 +169,9 @@ def test_packed_documents_equal_documents_one_by_one(folder: str) -> None:
     found = logits(ours, folder, packed)[0]
     expected = torch.cat([theirs(part).logits[0] for part in ids.split(sizes, dim=1)])
     torch.testing.assert_close(found, expected, **CLOSE)
+    for logits_of_one in (found, expected):
+        logits_of_one.square().mean().backward()
+    expect_gradients(ours, (folder, theirs))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -74,8 +74,9 @@ def test_logits_loss_and_gradients_equal(case: str, length: int) -> None:
 def test_padding_packing_and_back(case: str) -> None:
     ours = build_ours(CASES[case])
     theirs = build_theirs(ours)
-    check_padding(ours, theirs)
-    check_packing(ours)
+    check_padding(ours, theirs, "right")
+    check_padding(ours, theirs, "left")
+    check_packing(ours, theirs)
     check_round_trip(ours, theirs)
 
 

@@ -141,7 +141,11 @@ def test_packed_documents_equal_documents_one_by_one(predicted: int) -> None:
         target = F.one_hot(where, part.shape[1]).float().unsqueeze(0)
         given = {"perm_mask": hidden.float(), "target_mapping": target} if predicted else {}
         expected.append(theirs(part, **given).logits)
-    torch.testing.assert_close(ours(**packed)["logits"], torch.cat(expected, dim=1), **CLOSE)
+    found, target = ours(**packed)["logits"], torch.cat(expected, dim=1)
+    torch.testing.assert_close(found, target, **CLOSE)
+    for logits in (found, target):
+        logits.square().mean().backward()
+    expect_gradients(ours, theirs)
 
 
 def test_a_token_does_not_see_itself_nor_what_comes_later() -> None:
