@@ -413,10 +413,23 @@ def _quantized_float64(f: Facts) -> str | None:
     return "quantize: torchao rounds no float64; use precision.compute=fp32"
 
 
-def _keeps_zeros(f: Facts) -> str | None:
-    if not f.keeps_zeros or f.engine == "native":
+def _native_means(f: Facts) -> str | None:
+    asked = {"distill": f.distilled, "quantize": f.quantized, "train.keep_zeros": f.keeps_zeros}
+    names = [name for name, wanted in asked.items() if wanted]
+    if f.engine == "native" or not names:
         return None
-    return f"train.keep_zeros: engine={f.engine} owns the weights and their update; use engine=native"
+    return f"{' and '.join(names)}: engine={f.engine} owns the model and its update; use engine=native"
+
+
+def _adapted_means(f: Facts) -> str | None:
+    asked = {"quantize": f.quantized, "train.keep_zeros": f.keeps_zeros}
+    names = [name for name, wanted in asked.items() if wanted]
+    if f.adapter == "none" or not names:
+        return None
+    return (
+        f"{' and '.join(names)}: is for weights, which adapt.method={f.adapter} leaves as they are; use begin=FOLDER "
+        "with the adapter taken in (shardwright export --merge, then import)"
+    )
 
 
 def _offload(f: Facts) -> str | None:
@@ -491,7 +504,8 @@ ROWS: tuple[Row, ...] = (
     Row("teacher", "distillation goes with data parallelism and ZeRO: a teacher is whole on every rank", _teacher),
     Row("fake quantisation", "tensor ranks would part the groups of weights that share a scale", _quantized),
     Row("float64 rounded", "torchao has no fake quantisation of it", _quantized_float64, fixed=True),
-    Row("kept zeros", "engines own the weights and their update", _keeps_zeros, fixed=True),
+    Row("distill, quantize, kept zeros", "engines own the model and its update", _native_means, fixed=True),
+    Row("adapted and rounded", "an adapter leaves the weights as they are", _adapted_means, fixed=True),
     Row("offload", "one process keeps its masters beside the model", _offload, fixed=True),
     Row("attention dropout", "its masks depend on the layout: each rank draws its own", _attention_dropout, warns=True),
     Row("settings without effect", "those of a pipeline or ring not there, of shards at ZeRO 0", _unused, warns=True),

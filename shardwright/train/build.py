@@ -158,6 +158,12 @@ def check_length(config: Config) -> None:
             f"data.sequence_length={length}: is longer than the model allows; lower it to model.max_length={longest} "
             "or raise that"
         )
+    target = getattr(config.objective, "target_length", None) or 0
+    if target > longest:
+        raise ConfigError(
+            f"objective.target_length={target}: is longer than the model allows; lower it to model.max_length={longest} "
+            "or raise that"
+        )
 
 
 def check_adapter(config: Config) -> None:

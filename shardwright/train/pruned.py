@@ -55,6 +55,11 @@ def prune_model(
     check_request(sparsity, pattern)
     folder, checkpoint = locate(path)
     config = read_config(folder / CONFIG)
+    if config.adapt.method != "none":
+        raise ConfigError(
+            f"prune: {path} has an adapter (adapt.method={config.adapt.method}), which is not pruned; first shardwright "
+            "export --merge, then shardwright import"
+        )
     tokenizer = load_known_tokenizer(folder, config)
     stored = StoredTensors(checkpoint, within="model.")
     chosen = set(choose(prunable(config.model), include))  # type: ignore[arg-type]

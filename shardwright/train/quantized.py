@@ -93,6 +93,11 @@ def export_quantized(
     config = read_config(folder / CONFIG)
     if folders_beside(config.model):  # type: ignore[arg-type]
         raise ConfigError(f"--quantize: model.family={config.model.family} is several models to transformers; use none")
+    if config.adapt.method != "none":
+        raise ConfigError(
+            f"--quantize: {path} has an adapter (adapt.method={config.adapt.method}); first shardwright export --merge, "
+            "then shardwright import, then quantise that"
+        )
     given = config.quantize
     if group is None and given is not None and given.format == number_format:
         group = given.group

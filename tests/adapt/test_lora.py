@@ -12,6 +12,7 @@ from shardwright.adapt.lora import LEAVES, merged
 from shardwright.config import AdaptConfig, ConfigError
 from shardwright.interop.huggingface import export_tensors
 from shardwright.interop.peft import lora_files, lora_pairs, write_adapter
+from shardwright.model.families import FAMILIES
 from tests.adapt.models import difference, inputs_of, logits, pair
 
 peft = pytest.importorskip("peft")
@@ -140,3 +141,6 @@ def test_theirs_has_no_place(tmp_path: Path) -> None:
         lora_pairs(other.config, adapt, tmp_path, [name for name in pairs_of(other) if name.endswith("q")])
     with pytest.raises(ConfigError, match="set adapt.rank"):
         lora_pairs(other.config, lora(rank=2), tmp_path, list(pairs_of(other)))
+    wider = FAMILIES["gpt2"].config.model_validate({**other.config.model_dump(), "width": 2 * other.config.width})
+    with pytest.raises(ConfigError, match="adds .* values to a matrix of .*; it was trained on another model"):
+        lora_pairs(wider, adapt, tmp_path, list(pairs_of(other)))

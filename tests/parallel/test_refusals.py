@@ -172,8 +172,16 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     ],
     "fake quantisation": [({"quantized": True, "tensor": 2}, "quantize: parallel.tensor=2 parts the rows")],
     "float64 rounded": [({"quantized": True, "precision": "fp64"}, "quantize: torchao rounds no float64")],
-    "kept zeros": [
-        ({"keeps_zeros": True, "engine": "deepspeed", "data": 2}, "train.keep_zeros: engine=deepspeed owns")
+    "distill, quantize, kept zeros": [
+        ({"keeps_zeros": True, "engine": "deepspeed", "data": 2}, "train.keep_zeros: engine=deepspeed owns"),
+        (
+            {"distilled": True, "quantized": True, "engine": "accelerate"},
+            "distill and quantize: engine=accelerate",
+        ),
+    ],
+    "adapted and rounded": [
+        ({"adapter": "lora", "quantized": True}, "quantize: is for weights, which adapt.method=lora leaves"),
+        ({"adapter": "prompt", "keeps_zeros": True}, "train.keep_zeros: is for weights, which adapt.method=prompt"),
     ],
     "offload": [({"offload": True}, "parallel.offload: ")],
 }
@@ -305,6 +313,8 @@ def test_where_nothing_fits_it_is_said() -> None:
         {"engine": "deepspeed", "precision": "fp16"},
         {"engine": "deepspeed", "optimizer": "lamb"},
         {"engine": "accelerate", "keeps_zeros": True},
+        {"engine": "deepspeed", "distilled": True},
+        {"adapter": "lora", "quantized": True},
         {"quantized": True, "precision": "fp64"},
     ],
     ids=str,
