@@ -279,8 +279,8 @@ def _check_base(a: Tensor, b: Tensor, shape: tuple[int, int], where: str) -> Non
     """ConfigError unless b [O, R] times a [R, I] has the shape [O, I] of the matrix that it is added to."""
     if (b.shape[0], a.shape[1]) != shape or b.shape[1] != a.shape[0]:
         raise ConfigError(
-            f"{where} adds {b.shape[0]} x {a.shape[1]} values to a matrix of {shape[0]} x {shape[1]}; it was trained on "
-            "another model: name that one with begin="
+            f"{where} adds {b.shape[0]} x {a.shape[1]} values to a matrix of {shape[0]} x {shape[1]}; it was trained "
+            "on another model: name that one with begin="
         )
 
 

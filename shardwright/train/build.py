@@ -161,8 +161,8 @@ def check_length(config: Config) -> None:
     target = getattr(config.objective, "target_length", None) or 0
     if target > longest:
         raise ConfigError(
-            f"objective.target_length={target}: is longer than the model allows; lower it to model.max_length={longest} "
-            "or raise that"
+            f"objective.target_length={target}: is longer than the model allows; lower it to "
+            f"model.max_length={longest} or raise that"
         )
 
 
