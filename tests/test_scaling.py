@@ -58,6 +58,7 @@ def test_points_of_several_files_become_a_page(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.in_turn
 def test_a_point_is_measured_in_the_world_it_is_started_in(prepared, tmp_path):
     points = tmp_path / "points.jsonl"
     settings = [f"data.path={prepared}", f"run={tmp_path / 'run'}", "model.width=32"]

@@ -30,6 +30,7 @@ def test_a_debug_run_is_the_run_in_one_process(prepared, tmp_path):
     assert relative(mine["loss"], expected["loss"]) < 1e-6
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
     "settings",
     [

@@ -228,7 +228,7 @@ def test_workers_change_nothing(tiny, tmp_path, workers):
 
 
 @pytest.mark.parametrize("mode", ["full", "2", "selective"])
-@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize("compiled", ["false", pytest.param("true", marks=pytest.mark.in_turn)])
 def test_recomputation_is_equal_bit_for_bit_with_dropout(tiny, tmp_path, mode, compiled):
     dropout = ("model.residual_dropout=0.2", "model.embed_dropout=0.1", f"train.compile={compiled}", "train.steps=3")
     plain = tiny(*dropout, f"run={tmp_path / 'plain'}")
