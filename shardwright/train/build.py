@@ -210,6 +210,11 @@ def build_objective(config: Config, *, evaluation: bool = False) -> Objective:
         evaluation=evaluation,
     )
     objective = OBJECTIVES[config.objective.name][1](config.objective, setting)
+    if objective.stride(setting.length) < 1:
+        raise ConfigError(
+            f"data.sequence_length={setting.length}: the special tokens of objective {config.objective.name} leave no "
+            "room for text; raise it"
+        )
     return objective if config.distill is None else Distilled(objective, config.distill)
 
 

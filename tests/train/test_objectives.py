@@ -67,6 +67,13 @@ def test_an_evaluation_tells_of_each_term(tiny: Tiny, monkeypatch: pytest.Monkey
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("name", "length"), [("masked", 2), ("masked, sentence: next", 3), ("permuted", 2)])
+def test_rows_without_room_for_text_are_refused(tiny: Tiny, name: str, length: int) -> None:
+    config = tiny(f"objective={{name: {name}}}", f"data.sequence_length={length}")
+    with pytest.raises(ConfigError, match=f"data.sequence_length={length}: the special tokens of objective"):
+        build.build_objective(config)
+
+
 def test_marks_that_a_corpus_lacks_are_asked_for(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "check_objective", lambda config: None)
     (tmp_path / "some.txt").write_text("One sentence. Another one. " * 400, "utf-8")
