@@ -1,18 +1,20 @@
 """Rows `[CLS] A [SEP] B [SEP]`: next sentence (Devlin et al. 2019) and sentence order (Lan et al. 2020).
 
-How a window of the stream becomes pairs. A window is a little longer than what a row takes, so that a text may begin
-at the first sentence of the window: the tokens before it were the last ones of the row before, which read on to the
+How a window of the stream becomes pairs. A window is a little longer than what a row takes, so that a text may begin at
+the first sentence of the window: the tokens before it were the last ones of the row before, which read on to the
 window's end. Of each stretch of one document in the window a pair can be made; the `most` longest are, as far as they
 fit, each with its own [CLS]: where documents are shorter than rows, several pairs share one, and attention and
-positions keep to a pair. A pair's text is cut in two at one of its inner sentence starts, all equally likely; its last
-sentence is cut off where the row ends. A row whose text has no such start at all has one pair, cut in the middle. What
-is lost are stretches beyond `most`, and further ones of one sentence. (BERT's one row in ten of shorter text is left
-out: stretches vary in length.)
+positions keep to a pair. A pair's text is cut in two at one of its inner sentence starts, all equally likely. A row
+whose text has no such start at all has one pair, cut in the middle, whose label has weight 0. What is lost are
+stretches beyond `most`, and further ones of one sentence. (BERT's one row in ten of shorter text is left out: stretches
+vary in length.)
 
-*order*: in half of the pairs A and B change places. *next*: in half of them B is text of another document, as many
-tokens from a sentence start on, out of the longest stretch that the neighbour has of another document. The neighbour
-is a sequence that the reader found by number, so what a row gets never depends on its batch. Where the neighbour is of
-the same document alone (as in a long book), the pair stays as it is.
+*order*: in half of the pairs A and B change places. Both are whole sentences, as ALBERT's: one that the row would cut
+is left out, since a half sentence before the first [SEP] would tell that they were changed; where it is one of two it
+stays, and the label has weight 0. *next*: the last sentence is cut off where the row ends, and in half of the pairs B
+is other text, as many tokens from a sentence start on, out of the longest stretch that the neighbour has of another
+document, or else of the same one (as in a long book), which is some other place of it. The neighbour is a sequence that
+the reader found by number, so what a row gets never depends on its batch.
 
 Labels are those of Hugging Face: 0 as in the text, 1 for another document or changed places.
 Shapes: B batch, T tokens of a row, R raw tokens, K pairs of a row, N pairs of the batch.
@@ -77,6 +79,9 @@ def pair_rows(raw: Raw, setting: Setting, kind: Kind, most: int) -> Rows:
     marks = raw.sentences.flat(raw.tokens.shape[1])
     found = _texts(raw, marks, setting)
     chosen, numbers = _fitting(found.at(found.rows < batch), marks, batch, setting.length, most)
+    told = _inner(chosen, marks)[1] > 0
+    if kind == "order":
+        chosen, told = _whole(chosen, marks, raw.tokens.reshape(-1) == setting.specials["end"])
     pairs = _split(chance, chosen, numbers, marks)
     draw = chance.of(pairs.rows).uniform(_CHANGE, pairs.numbers[:, None])[:, 0] < 0.5
     if kind == "order":
@@ -85,7 +90,7 @@ def pair_rows(raw: Raw, setting: Setting, kind: Kind, most: int) -> Rows:
         pairs = Pairs(pairs.rows, pairs.numbers, starts, sizes, draw)
     else:
         pairs = _other_text(chance, pairs, draw, chosen, found, marks, batch)
-    return _laid_out(raw, setting, pairs, batch, most)
+    return _laid_out(raw, setting, pairs, told, batch, most)
 
 
 def _texts(raw: Raw, marks: np.ndarray, setting: Setting) -> Texts:
@@ -135,6 +140,18 @@ def _inner(texts: Texts, marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first, np.maximum(np.searchsorted(marks, texts.stops, "left") - first, 0)
 
 
+def _whole(texts: Texts, marks: np.ndarray, ends: np.ndarray) -> tuple[Texts, np.ndarray]:
+    """Without a last sentence that is cut, where two are left, and bool [N]: whether all are whole.
+
+    `ends` bool: places of an end of document.
+    """
+    first, count = _inner(texts, marks)
+    closed = np.append(ends, False)[texts.stops] | np.isin(texts.stops, marks)
+    last = np.append(marks, 0)[np.minimum(first + count - 1, len(marks))]
+    stops = np.where((count > 1) & ~closed, last, texts.stops)
+    return texts._replace(stops=stops), (count > 1) | (closed & (count > 0))
+
+
 def _split(chance: Chance, texts: Texts, numbers: np.ndarray, marks: np.ndarray) -> Pairs:
     """Each text cut in two at a sentence start."""
     first, count = _inner(texts, marks)
@@ -149,7 +166,7 @@ def _split(chance: Chance, texts: Texts, numbers: np.ndarray, marks: np.ndarray)
 def _other_text(
     chance: Chance, pairs: Pairs, draw: np.ndarray, own: Texts, found: Texts, marks: np.ndarray, batch: int
 ) -> Pairs:
-    """With B of another document where `draw` says so and the neighbour has one."""
+    """With B of other text where `draw` says so and the neighbour has some, of another document if it can be."""
     others = found.at(found.rows >= batch)
     order = np.lexsort((others.starts, others.starts - others.stops, others.rows))
     others = others.at(order)  # the longest of each row first
@@ -158,9 +175,9 @@ def _other_text(
     if not len(others.rows):
         return pairs
     last = len(others.rows) - 1
-    same = others.documents[np.minimum(first, last)] == own.documents
-    changed = draw & (count > same)
-    other = others.at(np.minimum(first + same, last))
+    passed = (others.documents[np.minimum(first, last)] == own.documents) & (count > 1)
+    changed = draw & (count > 0)
+    other = others.at(np.minimum(first + passed, last))
     starts, sizes = pairs.starts.copy(), pairs.sizes.copy()
     low = np.searchsorted(marks, other.starts)
     choices = np.searchsorted(marks, other.stops - sizes[:, 1], "right") - low
@@ -171,7 +188,7 @@ def _other_text(
     return Pairs(pairs.rows, pairs.numbers, starts, sizes, changed)
 
 
-def _laid_out(raw: Raw, setting: Setting, pairs: Pairs, batch: int, most: int) -> Rows:
+def _laid_out(raw: Raw, setting: Setting, pairs: Pairs, told: np.ndarray, batch: int, most: int) -> Rows:
     specials, size = setting.specials, raw.tokens.size
     source = np.append(raw.tokens.reshape(-1).astype(np.int64), [specials[use] for use in ("cls", "sep", "pad")])
     cls, sep, pad = (np.full(len(pairs.rows), size + n) for n in range(3))
@@ -187,7 +204,7 @@ def _laid_out(raw: Raw, setting: Setting, pairs: Pairs, batch: int, most: int) -
         begins=_carried(raw, laid, size),
         documents=pair.astype(np.int32),
         apart=True,
-        extra={"token_types": (laid.span % 5 // 3 * (laid.span >= 0)), **_labels(pairs, laid, batch, most)},
+        extra={"token_types": (laid.span % 5 // 3 * (laid.span >= 0)), **_labels(pairs, told, laid, batch, most)},
     )
 
 
@@ -200,10 +217,10 @@ def _carried(raw: Raw, laid: Laid, size: int) -> np.ndarray | None:
     return flags[laid.source]
 
 
-def _labels(pairs: Pairs, laid: Laid, batch: int, most: int) -> dict[str, np.ndarray]:
-    """Of each pair, at its [CLS]."""
+def _labels(pairs: Pairs, told: np.ndarray, laid: Laid, batch: int, most: int) -> dict[str, np.ndarray]:
+    """Of each pair, at its [CLS]; of weight 0 where half a sentence would give the label away."""
     shape, where = (batch, most), (pairs.rows, pairs.numbers)
     labels, places = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     weights = np.zeros(shape, np.float32)
-    labels[where], places[where], weights[where] = pairs.changed, laid.columns[::5], 1
+    labels[where], places[where], weights[where] = pairs.changed, laid.columns[::5], told
     return {"sentence_labels": labels, "sentence_places": places, "sentence_weights": weights}
