@@ -231,12 +231,17 @@ def lora_pairs(
             continue
         scale = _scale(raw, module, a.shape[0]) / adapt.scale
         sizes = [shapes[name][0] for name in rule.ours]
-        _check_base(a, b, (sum(sizes), shapes[rule.ours[0]][1]), f"adapt.begin={folder}: {module}")
+        found, here = (b.shape[0], a.shape[1]), (sum(sizes), shapes[rule.ours[0]][1])
+        if found != here:
+            raise ConfigError(
+                f"adapt.begin={folder}: {module} is a matrix of {list(found)} there and of {list(here)} in the model "
+                "beneath; name the model that it was trained on with begin="
+            )
         for name, part in zip(rule.ours, rule.split(b, sizes, model.heads), strict=True):
             layer = name.removesuffix(".weight")
-            found = _fitting(a, part * scale, adapt.rank, f"adapt.begin={folder}: {module}")
+            pair = _fitting(a, part * scale, adapt.rank, f"adapt.begin={folder}: {module}")
             if layer in layers:
-                pairs[layer] = found
+                pairs[layer] = pair
             elif part.any():
                 raise ConfigError(
                     f"adapt.begin={folder}: adds to {layer}; put {layer.rpartition('.')[2]} into adapt.targets"
@@ -271,17 +276,8 @@ def _scale(raw: Mapping[str, Any], module: str, rank: int) -> float:
     def of(patterns: Mapping[str, Any], default: Any) -> Any:
         return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
-    alpha = float(of(raw.get("alpha_pattern") or {}, raw["lora_alpha"]))
+    alpha = float(of(raw.get("alpha_pattern") or {}, raw.get("lora_alpha", 8)))  # peft's own default
     return alpha / (rank**0.5 if raw.get("use_rslora") else rank)
-
-
-def _check_base(a: Tensor, b: Tensor, shape: tuple[int, int], where: str) -> None:
-    """ConfigError unless b [O, R] times a [R, I] has the shape [O, I] of the matrix that it is added to."""
-    if (b.shape[0], a.shape[1]) != shape or b.shape[1] != a.shape[0]:
-        raise ConfigError(
-            f"{where} adds {b.shape[0]} x {a.shape[1]} values to a matrix of {shape[0]} x {shape[1]}; it was trained "
-            "on another model: name that one with begin="
-        )
 
 
 def _fitting(a: Tensor, b: Tensor, rank: int, where: str) -> tuple[Tensor, Tensor]:

@@ -69,6 +69,8 @@ def export(
 
     if as_json:
         get_logger().setLevel(logging.WARNING)
+    if quantize is not None and merge:
+        raise ConfigError("--merge: does not go with --quantize; merge first, import that, and quantise what it gives")
     if quantize is not None:
         return _export_quantized(run_folder, output, quantize, group, dtype, max_shard_size, check, as_json)
     if group is not None:

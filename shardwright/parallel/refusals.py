@@ -407,29 +407,46 @@ def _quantized(f: Facts) -> str | None:
     )
 
 
+def _quantized_adapter(f: Facts) -> str | None:
+    if not f.quantized or f.adapter not in ("lora", "prefix"):
+        return None
+    return (
+        f"quantize: torchao exchanges the linear layers that adapt.method={f.adapter} has put into blocks, which loses "
+        "or rounds what it trains; drop one of the two"
+    )
+
+
+def _quantized_selective(f: Facts) -> str | None:
+    if not (f.quantized and f.compile and f.recompute == "selective"):
+        return None
+    return (
+        "train.recompute=selective: torchao notes scales as it rounds, which torch does not compile inside of what is "
+        "recomputed; use train.recompute=full or train.compile=false"
+    )
+
+
 def _quantized_float64(f: Facts) -> str | None:
     if not f.quantized or f.precision != "fp64":
         return None
     return "quantize: torchao rounds no float64; use precision.compute=fp32"
 
 
-def _native_means(f: Facts) -> str | None:
-    asked = {"distill": f.distilled, "quantize": f.quantized, "train.keep_zeros": f.keeps_zeros}
-    names = [name for name, wanted in asked.items() if wanted]
-    if f.engine == "native" or not names:
+def _keeps_zeros(f: Facts) -> str | None:
+    if not f.keeps_zeros:
         return None
-    return f"{' and '.join(names)}: engine={f.engine} owns the model and its update; use engine=native"
+    if f.adapter == "lora":
+        return (
+            "train.keep_zeros: what LoRA adds to a matrix fills its zeros; train the matrices, with adapt.method=none"
+        )
+    if f.engine == "native":
+        return None
+    return f"train.keep_zeros: engine={f.engine} owns the weights and their update; use engine=native"
 
 
-def _adapted_means(f: Facts) -> str | None:
-    asked = {"quantize": f.quantized, "train.keep_zeros": f.keeps_zeros}
-    names = [name for name, wanted in asked.items() if wanted]
-    if f.adapter == "none" or not names:
+def _quantized_engine(f: Facts) -> str | None:
+    if not f.quantized or f.engine == "native":
         return None
-    return (
-        f"{' and '.join(names)}: is for weights, which adapt.method={f.adapter} leaves as they are; use begin=FOLDER "
-        "with the adapter taken in (shardwright export --merge, then import)"
-    )
+    return f"quantize: engine={f.engine} owns the modules whose weights are rounded; use engine=native"
 
 
 def _offload(f: Facts) -> str | None:
@@ -503,9 +520,16 @@ ROWS: tuple[Row, ...] = (
     Row("deepspeed offload", "of the optimizer from ZeRO 1 on; of parameters, and to nvme, at ZeRO 3", _engine_places),
     Row("teacher", "distillation goes with data parallelism and ZeRO: a teacher is whole on every rank", _teacher),
     Row("fake quantisation", "tensor ranks would part the groups of weights that share a scale", _quantized),
+    Row("adapters rounded", "torchao exchanges the layers that lora and prefix add to", _quantized_adapter, fixed=True),
+    Row(
+        "selective recomputation, rounded",
+        "torch does not compile it with fake quantisation inside",
+        _quantized_selective,
+        fixed=True,
+    ),
     Row("float64 rounded", "torchao has no fake quantisation of it", _quantized_float64, fixed=True),
-    Row("distill, quantize, kept zeros", "engines own the model and its update", _native_means, fixed=True),
-    Row("adapted and rounded", "an adapter leaves the weights as they are", _adapted_means, fixed=True),
+    Row("rounded under an engine", "engines own the modules", _quantized_engine, fixed=True),
+    Row("kept zeros", "engines own the weights and their update, and LoRA fills zeros", _keeps_zeros, fixed=True),
     Row("offload", "one process keeps its masters beside the model", _offload, fixed=True),
     Row("attention dropout", "its masks depend on the layout: each rank draws its own", _attention_dropout, warns=True),
     Row("settings without effect", "those of a pipeline or ring not there, of shards at ZeRO 0", _unused, warns=True),

@@ -92,21 +92,17 @@ def check_begin(config: Config, tokenizer: Tokenizer) -> None:
             f"begin={given}: has an adapter of its own (adapt.method={there.adapt.method}); go on with that method, or "
             f"take it in first: shardwright export {given} --merge, then shardwright import"
         )
-    _check_adapter(config, there)
+    if config.adapt.method == there.adapt.method == "lora" and config.adapt.scale != there.adapt.scale:
+        raise ConfigError(
+            f"begin={given}: its LoRA is multiplied by {there.adapt.scale:g} (adapt.alpha, rank, rslora), and this one "
+            f"by {config.adapt.scale:g}, which makes another model of its weights; use its settings"
+        )
     known = there.data.tokenizer
     if known not in (None, tokenizer.sha256):
         raise ConfigError(
             f"begin={given}: its model reads tokenizer {known[:12]}..., the corpus was prepared with "
             f"{tokenizer.sha256[:12]}...; prepare the text with tokenizer.path={folder / tokenizer.file}"
         )
-
-
-def _check_adapter(config: Config, there: Config) -> None:
-    """ConfigError where `begin` has LoRA of another rank or scale, which would be another model."""
-    mine, theirs = ((c.adapt.rank, c.adapt.scale) for c in (config, there))
-    if there.adapt.method == "lora" and mine != theirs:
-        rules = " ".join(f"adapt.{key}={getattr(there.adapt, key)}" for key in ("rank", "alpha", "rslora"))
-        raise ConfigError(f"begin={config.begin}: its adapter has {rules.lower()}; set the same")
 
 
 def take_weights(step: Step, begin: str, added: Collection[str] = ()) -> None:

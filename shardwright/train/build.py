@@ -33,7 +33,14 @@ from shardwright.parallel.precision import FORMATS, LossScaler, Masters, master_
 from shardwright.train.engines import build_engine
 from shardwright.train.evaluate import Validation
 from shardwright.train.guard import SpikeDetector
-from shardwright.train.layout import build_masters, build_stages, product_format, trained_of, wants_compile
+from shardwright.train.layout import (
+    build_masters,
+    build_stages,
+    product_format,
+    row_lengths,
+    trained_of,
+    wants_compile,
+)
 from shardwright.train.optim import build_optimizer
 from shardwright.train.pruned import prunable
 from shardwright.train.schedule import BatchRamp
@@ -158,11 +165,11 @@ def check_length(config: Config) -> None:
             f"data.sequence_length={length}: is longer than the model allows; lower it to model.max_length={longest} "
             "or raise that"
         )
-    target = getattr(config.objective, "target_length", None) or 0
-    if target > longest:
+    target, virtual = row_lengths(config)[1], config.adapt.tokens if config.adapt.method == "prefix" else 0
+    if getattr(config.model, "positions", "") == "learned" and target + virtual > longest:
         raise ConfigError(
-            f"objective.target_length={target}: is longer than the model allows; lower it to "
-            f"model.max_length={longest} or raise that"
+            f"objective.target_length={target}: {f'with the {virtual} of the prefix ' if virtual else ''}is more than "
+            f"the model has positions for; lower it to {longest - virtual} or raise model.max_length={longest}"
         )
 
 

@@ -38,7 +38,7 @@ class DraftModel(LossModel):
         inputs = self.inputs(batch)
         if self.first:
             filled, replaced, loss = self._draft(inputs, batch)
-            hidden = _Attach.apply(self.model.hidden(inputs._replace(input_ids=filled)), loss)
+            hidden = _Attach.apply(self.model.hidden(inputs._replace(input_ids=filled)), loss * self.factor)
             beside = self.own_tokens(replaced)
         else:
             hidden, beside = self.model.hidden(inputs, x[..., :-1]), x[..., -1].detach()

@@ -57,8 +57,8 @@ def prune_model(
     config = read_config(folder / CONFIG)
     if config.adapt.method != "none":
         raise ConfigError(
-            f"prune: {path} has an adapter (adapt.method={config.adapt.method}), which is not pruned; first "
-            "shardwright export --merge, then shardwright import"
+            f"prune: {folder} has an adapter; take it in first: shardwright export {folder} --merge, then "
+            "shardwright import"
         )
     tokenizer = load_known_tokenizer(folder, config)
     stored = StoredTensors(checkpoint, within="model.")

@@ -95,8 +95,8 @@ def export_quantized(
         raise ConfigError(f"--quantize: model.family={config.model.family} is several models to transformers; use none")
     if config.adapt.method != "none":
         raise ConfigError(
-            f"--quantize: {path} has an adapter (adapt.method={config.adapt.method}); first shardwright export "
-            "--merge, then shardwright import, then quantise that"
+            f"--quantize: {folder} has an adapter; take it in first: shardwright export {folder} --merge, then "
+            "shardwright import"
         )
     given = config.quantize
     if group is None and given is not None and given.format == number_format:

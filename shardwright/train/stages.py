@@ -40,6 +40,8 @@ class LossModel(nn.Module):
         self.first, self.last = first, last
         self.number = torch.zeros((), dtype=torch.int64)
         self.scales: Mapping[str, Tensor] | None = None
+        #: What an engine multiplies losses by before it goes back from them.
+        self.factor = 1.0
         self.passes = 0  # begun since `begin`: where in the step this stage is
         #: Turns hidden states and heads into what this rank computes the loss with; a tensor axis puts its own here.
         self.localize: Callable[[Tensor, Heads], tuple[Tensor, Heads]] = lambda hidden, heads: (hidden, heads)

@@ -101,6 +101,8 @@ def test_what_does_not_fit_is_refused(dense: Path, tiny: Tiny, tmp_path: Path, c
         "*.nothing",
         says="--include *.nothing: matches no",
     )
+    train(tiny(tmp_path / "lora", f"begin={dense}", "adapt.method=lora", "train.steps=1", **LLAMA))
+    refused(capsys, "prune", tmp_path / "lora", *out, "--sparsity", 0.5, says="has an adapter; take it in first")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="the 34 inputs of x are no multiple of 4"):
         prune_2_of_4(torch.randn(3, 34), "x")

@@ -196,6 +196,12 @@ def test_what_cannot_be_quantised_is_refused(llama: Path, tiny: Tiny, tmp_path: 
     refused(capsys, "export", llama, *out, "--group", 64, says="--group: goes with --quantize")
     train(tiny(tmp_path / "gpt2", "train.steps=1"))
     refused(capsys, "export", tmp_path / "gpt2", *out, "--quantize", "int8", says="no linear layers in GPT2LMHeadModel")
+    keys = (f"begin={llama}", "adapt.method=lora", "train.steps=1")
+    train(tiny(tmp_path / "lora", *keys, **LLAMA))
+    refused(capsys, "export", tmp_path / "lora", *out, "--quantize", "int8", says="has an adapter; take it in first")
+    refused(capsys, "export", tmp_path / "lora", *out, "--quantize", "int8", "--merge", says="--merge: does not go")
+    with pytest.raises(ConfigError, match="quantize: torchao exchanges the linear layers that adapt.method=lora"):
+        train(tiny(tmp_path / "both", *keys, "quantize.format=int8", **LLAMA))
     assert not (tmp_path / "out").exists()
     made = tiny(tmp_path / "run", "quantize={format: int4, group: 64}", "train.steps=1", **LLAMA)
     with pytest.raises(ConfigError, match="quantize.group=64: does not divide the 32 inputs of attention.q; use 32"):

@@ -12,8 +12,6 @@ from shardwright.adapt.lora import LEAVES
 from shardwright.config import Config, ConfigError
 from shardwright.train.exports import export_model
 from shardwright.train.load import Loaded, load
-from shardwright.train.pruned import prune_model
-from shardwright.train.quantized import export_quantized
 from shardwright.train.run import train
 from tests.train.conftest import tiny
 
@@ -141,12 +139,8 @@ def test_another_adapter_beneath_is_refused(tiny: Callable[..., Config], base: P
     train(tiny(*LORA, f"begin={base}", f"run={tmp_path}/lora", "train.steps=1"))
     with pytest.raises(ConfigError, match="has an adapter of its own .* --merge"):
         train(tiny(f"begin={tmp_path}/lora", f"run={tmp_path}/plain"))
-    with pytest.raises(ConfigError, match="begin=.*: its adapter has adapt.rank=3 adapt.alpha=6.0 .*; set the same"):
-        train(tiny(*LORA, f"begin={tmp_path}/lora", f"run={tmp_path}/plain", "adapt.alpha=1"))
-    with pytest.raises(ConfigError, match="--quantize: .* has an adapter .*first shardwright export --merge"):
-        export_quantized(tmp_path / "lora", tmp_path / "out", "int8")
-    with pytest.raises(ConfigError, match="prune: .* has an adapter .* which is not pruned"):
-        prune_model(tmp_path / "lora", tmp_path / "out", sparsity=0.5)
+    with pytest.raises(ConfigError, match="its LoRA is multiplied by 2 .* this one by 4"):
+        train(tiny(*LORA, "adapt.alpha=12", f"begin={tmp_path}/lora", f"run={tmp_path}/louder"))
 
 
 def test_mistakes_of_exports(tiny: Callable[..., Config], base: Path, tmp_path: Path) -> None:

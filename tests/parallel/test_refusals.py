@@ -171,17 +171,19 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"distilled": True, "pipeline": 2, "context": 2}, "distill: .*pipeline=2 and parallel.context=2 would part"),
     ],
     "fake quantisation": [({"quantized": True, "tensor": 2}, "quantize: parallel.tensor=2 parts the rows")],
-    "float64 rounded": [({"quantized": True, "precision": "fp64"}, "quantize: torchao rounds no float64")],
-    "distill, quantize, kept zeros": [
-        ({"keeps_zeros": True, "engine": "deepspeed", "data": 2}, "train.keep_zeros: engine=deepspeed owns"),
-        (
-            {"distilled": True, "quantized": True, "engine": "accelerate"},
-            "distill and quantize: engine=accelerate",
-        ),
+    "adapters rounded": [
+        ({"quantized": True, "adapter": "lora", "frozen": True}, "quantize: torchao exchanges .* drop one of the two")
     ],
-    "adapted and rounded": [
-        ({"adapter": "lora", "quantized": True}, "quantize: is for weights, which adapt.method=lora leaves"),
-        ({"adapter": "prompt", "keeps_zeros": True}, "train.keep_zeros: is for weights, which adapt.method=prompt"),
+    "selective recomputation, rounded": [
+        ({"quantized": True, "compile": True, "recompute": "selective"}, "train.recompute=selective: torchao notes")
+    ],
+    "rounded under an engine": [
+        ({"quantized": True, "engine": "deepspeed", "data": 2}, "quantize: engine=deepspeed owns the modules")
+    ],
+    "float64 rounded": [({"quantized": True, "precision": "fp64"}, "quantize: torchao rounds no float64")],
+    "kept zeros": [
+        ({"keeps_zeros": True, "engine": "deepspeed", "data": 2}, "train.keep_zeros: engine=deepspeed owns"),
+        ({"keeps_zeros": True, "adapter": "lora", "frozen": True}, "train.keep_zeros: what LoRA adds .*method=none"),
     ],
     "offload": [({"offload": True}, "parallel.offload: ")],
 }
@@ -218,6 +220,8 @@ ACCEPTED: list[dict[str, Any]] = [
     {"data": 2, "offload": True},
     {"data": 4, "zero": 3, "distilled": True},
     {"data": 2, "pipeline": 2, "context": 2, "quantized": True},
+    {"data": 2, "quantized": True, "compile": True, "recompute": "full"},
+    {"data": 2, "quantized": True, "adapter": "prompt", "frozen": True, "recompute": "selective"},
     {**RING, "data": 2, "tensor": 2, "zero": 3, "recompute": "selective", "offload": True, "device": "auto"},
     {"data": 2, "ring": True, "compile": True},
 ]
@@ -313,7 +317,6 @@ def test_where_nothing_fits_it_is_said() -> None:
         {"engine": "deepspeed", "precision": "fp16"},
         {"engine": "deepspeed", "optimizer": "lamb"},
         {"engine": "accelerate", "keeps_zeros": True},
-        {"engine": "deepspeed", "distilled": True},
         {"adapter": "lora", "quantized": True},
         {"quantized": True, "precision": "fp64"},
     ],

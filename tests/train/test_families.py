@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shardwright.config import parse
+from shardwright.config import ConfigError, parse
 from shardwright.data.prepare import PrepareConfig, prepare
 from shardwright.model.families import FAMILIES
 from shardwright.train.load import load
@@ -48,3 +48,11 @@ def test_pretrain(family: str, prepared: Path, pairs: Path, tmp_path: Path) -> N
     assert math.isfinite(next(line["val_loss"] for line in lines if "val_loss" in line))
     model = load(result.run).model
     assert model.config.family == family and not model.training
+
+
+def test_targets_longer_than_the_model_knows_places_are_refused(pairs: Path, tmp_path: Path) -> None:
+    free = [f"run={tmp_path / 'run'}", f"data.path={pairs}", "data.sequence_length=64"]
+    for target, more in ((256, []), (128, ["adapt.method=prefix", "adapt.tokens=20"])):
+        asked = f"objective={{name: pairs, target_length: {target}, start: end, begin: true}}"
+        with pytest.raises(ConfigError, match=f"objective.target_length={target}: .* raise model.max_length=128"):
+            train(read_config("debug/bart", [*free, asked, *more]))

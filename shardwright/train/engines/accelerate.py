@@ -209,6 +209,7 @@ class ReplicatedLoop(AccelerateLoop):
     def __init__(self, model: LossModel, accelerator: Any, wrapped: DistributedDataParallel, size: int) -> None:
         super().__init__(model, accelerator)
         self.wrapped, self.size = wrapped, size
+        model.factor = size
 
     def run(self, batches: Sequence[Batch]) -> Tensor:
         """See `Passes`."""

@@ -278,6 +278,7 @@ class DeepSpeedLoop(Loop):
     ) -> None:
         super().__init__(model, around=around)
         self.engine, self.masters, self.world = masters.held.engine, masters, world
+        model.factor = world.size
 
     def run(self, batches: Sequence[Batch]) -> Tensor:
         """See `Passes`."""

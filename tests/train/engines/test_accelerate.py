@@ -37,6 +37,17 @@ def test_accelerate_changes_nothing(name, oracle, ranks, prepared, tmp_path):
 
 
 @pytest.mark.in_turn
+def test_electras_generator_has_its_whole_gradient(ranks, prepared, tmp_path):
+    """Its loss goes back from the activations, not from the loss that the engine multiplies."""
+    settings = [CLIP, "train.steps=6"]
+    expected = run(config(prepared, tmp_path / "alone", "electra"), settings)
+    raw = config(prepared, tmp_path / "run", "electra")
+    records = ranks.run(2, "tests.equivalence.work:run", raw, [*settings, ENGINE, "parallel.zero=0"])[0]
+    found = disagreement(tmp_path / "run", records, tmp_path / "alone", expected)
+    assert all(found[key] < bound for key, bound in BOUNDS["fp32"].items()), found
+
+
+@pytest.mark.in_turn
 @pytest.mark.parametrize("zero", [0, 2])
 def test_muon_has_the_format_of_products_that_is_asked_for(zero, ranks, prepared, tmp_path):
     settings = [CLIP, "optimizer.name=muon", "optimizer.matmul=fp32"]

@@ -52,6 +52,17 @@ def test_deepspeed_changes_nothing(name, oracle, ranks, prepared, tmp_path):
 
 
 @pytest.mark.in_turn
+def test_electras_generator_has_its_whole_gradient(ranks, prepared, tmp_path):
+    """Its loss goes back from the activations, not from the loss that the engine multiplies."""
+    settings = [CLIP, "train.steps=6"]
+    expected = run(config(prepared, tmp_path / "alone", "electra"), settings)
+    raw = config(prepared, tmp_path / "run", "electra")
+    records = ranks.run(2, "tests.equivalence.work:run", raw, [*settings, ENGINE, "parallel.zero=1"])[0]
+    found = disagreement(tmp_path / "run", records, tmp_path / "alone", expected)
+    assert all(found[key] < bound for key, bound in BOUNDS["fp32"].items()), found
+
+
+@pytest.mark.in_turn
 def test_what_deepspeed_puts_in_torchs_place_goes_with_its_passes(ranks, prepared, tmp_path):
     """On as many ranks as the tests here: DeepSpeed counts modules over runs, and wants the same count on all."""
     settings = [ENGINE, "parallel.zero=3", "train.steps=6"]
