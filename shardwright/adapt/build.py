@@ -62,6 +62,11 @@ def _check(whole: LanguageModel, model: TransformerConfig, config: AdaptConfig) 
             f"adapt.method={config.method}: XLNet predicts tokens in an order of their own, in which virtual ones have "
             "no place; use adapt.method=lora"
         )
+    if config.method == "prefix" and model.family == "modernbert":
+        raise ConfigError(
+            "adapt.method=prefix: transformers' ModernBERT takes no keys from outside, so peft could not open it; use "
+            "adapt.method=prompt or lora"
+        )
     if config.method == "prefix":
         blocks: list[Any] = [whole.blocks[str(number)] for number in model.runs[-1]]
         if model.repeats > 1 or any(type(block.attention.core) is not Core for block in blocks):

@@ -60,13 +60,14 @@ def check_adapter(
         return None
     name, inputs = raw["architectures"][0], _inputs(config, adapt, raw)
     expected = answer(build(as_they_compute(config)).eval(), inputs)
+    length = inputs["input_ids"].shape[1]
+    of_tokens = {head for head, logits in expected.items() if logits.shape[1] == length}  # [B, T, V], ELECTRA's [B, T]
     if adapt.method in ("prompt", "p_tuning"):  # a head of texts reads the first token, which is a virtual one there
-        expected = {head: logits for head, logits in expected.items() if logits.dim() == 3}
+        expected = {head: logits for head, logits in expected.items() if head in of_tokens}
 
     def read() -> dict[str, Tensor]:
         found = named_as_ours(_their_logits(folder, raw, base, inputs), expected)
-        length = inputs["input_ids"].shape[1]  # without logits of virtual tokens
-        return {head: logits[:, -length:] if logits.dim() == 3 else logits for head, logits in found.items()}
+        return {head: logits[:, -length:] if head in of_tokens else logits for head, logits in found.items()}
 
     return judge(f"{name} with this adapter by peft", expected, read)
 

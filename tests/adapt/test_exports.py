@@ -58,7 +58,7 @@ def write_run(place: Path, config: Config, base: dict[str, Any]) -> Path:
 
 
 PROMPT = ("adapt.method=prompt", "adapt.tokens=4")
-VIRTUAL = ("GPT2LMHeadModel", "BertForPreTraining", "T5ForConditionalGeneration")
+VIRTUAL = ("GPT2LMHeadModel", "BertForPreTraining", "T5ForConditionalGeneration", "ElectraForPreTraining")
 CHECKED = [
     *((name, LORA) for name in CASES if name not in ("XLNetLMHeadModel", "BertForMaskedLM")),
     *((name, settings) for name in VIRTUAL for settings in (PROMPT, NETWORK, PREFIX)),

@@ -113,6 +113,7 @@ def test_a_cache_changes_nothing(architecture: str, method: str) -> None:
         ("XLNetLMHeadModel", "prefix", "XLNet predicts"),
         ("AlbertForMaskedLM", "prefix", "all blocks are one"),
         ("DebertaForMaskedLM", "prefix", "distance"),
+        ("ModernBertForMaskedLM", "prefix", "takes no keys from outside"),
     ],
 )
 def test_refused(architecture: str, method: str, said: str) -> None:
