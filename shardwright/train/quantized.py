@@ -28,7 +28,7 @@ from shardwright.adapt.quantize import (
     rounded,
 )
 from shardwright.config import ConfigError, RunError
-from shardwright.interop.check import Verdict, our_logits, quiet, random_inputs, relative, their_logits
+from shardwright.interop.check import Verdict, end_rows, our_logits, quiet, random_inputs, relative, their_logits
 from shardwright.interop.folder import MODEL_CONFIG, whole_folder
 from shardwright.interop.huggingface import Imported
 from shardwright.interop.model_config import as_they_compute, called_for, folders_beside
@@ -162,7 +162,10 @@ def _measure(
     before = WeightFiles(full)
     quantized = {name: rounded(before[name], number_format, group) for name in names}
     held = Imported(opened.model, {**{name: before[name] for name in before}, **quantized}, before.meta)
-    name, inputs = _architecture(full), random_inputs(opened.model, None)
+    name, raw = _architecture(full), json.loads((full / MODEL_CONFIG).read_text("utf-8"))
+    inputs = random_inputs(opened.model, raw.get("pad_token_id"))
+    if opened.model.classify == "text" and opened.model.kind == "encoder-decoder":
+        end_rows(inputs["input_ids"], raw.get("eos_token_id"))
     shape, method = as_they_compute(opened.model), called_for(opened.model)
     exact = our_logits(shape, method, opened.tensors, None, inputs)
     expected = our_logits(shape, method, held, None, inputs)

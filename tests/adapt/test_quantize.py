@@ -152,7 +152,14 @@ def test_files_hold_what_torchao_makes_of_our_weights(
 
 @pytest.mark.parametrize(
     ("family", "objective"),
-    [("qwen3", "causal"), ("bert", "masked"), ("deberta_v2", "masked"), ("modernbert", "masked"), ("t5", "span")],
+    [
+        ("qwen3", "causal"),
+        ("bert", "masked"),
+        ("roberta", "masked"),
+        ("deberta_v2", "masked"),
+        ("modernbert", "masked"),
+        ("t5", "span"),
+    ],
 )
 def test_families_of_every_kind_go_out(tiny: Tiny, tmp_path: Path, family: str, objective: str) -> None:
     run = tmp_path / "run"
