@@ -93,6 +93,12 @@ def export_quantized(
     config = read_config(folder / CONFIG)
     if folders_beside(config.model):  # type: ignore[arg-type]
         raise ConfigError(f"--quantize: model.family={config.model.family} is several models to transformers; use none")
+    model: Any = config.model
+    if model.family in ("bart", "transformer") and model.classify == "none":
+        raise ConfigError(
+            f"--quantize: transformers does not open the {model.family} that it has quantised by torchao, for the bias "
+            "of its logits; use t5"
+        )
     if config.adapt.method != "none":
         raise ConfigError(
             f"--quantize: {folder} has an adapter; take it in first: shardwright export {folder} --merge, then "

@@ -203,6 +203,9 @@ def test_what_cannot_be_quantised_is_refused(llama: Path, tiny: Tiny, tmp_path: 
     refused(capsys, "export", llama, *out, "--group", 64, says="--group: goes with --quantize")
     train(tiny(tmp_path / "gpt2", "train.steps=1"))
     refused(capsys, "export", tmp_path / "gpt2", *out, "--quantize", "int8", says="no linear layers in GPT2LMHeadModel")
+    infill = "objective={name: denoise, damage: [infill]}"
+    train(tiny(tmp_path / "bart", "train.steps=1", infill, family="bart"))
+    refused(capsys, "export", tmp_path / "bart", *out, "--quantize", "int8", says="for the bias of its logits; use t5")
     keys = (f"begin={llama}", "adapt.method=lora", "train.steps=1")
     train(tiny(tmp_path / "lora", *keys, **LLAMA))
     refused(capsys, "export", tmp_path / "lora", *out, "--quantize", "int8", says="has an adapter; take it in first")
