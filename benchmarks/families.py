@@ -47,8 +47,8 @@ SETTINGS = {
     "bert": [*LEARNED, "model.sentence_head=true", "objective.sentence=next"],
     "roberta": LEARNED,
     "albert": [*LEARNED, "model.sentence_head=true", "objective.sentence=order"],
-    "electra": LEARNED,
-    "bart": ["objective.damage=[permute,infill]"],
+    **dict.fromkeys(("electra", "crammed", "deberta", "modernbert"), LEARNED),
+    "bart": ["objective.damage=[permute,infill]", "data.sequence_length=32", "batch.sequences=256", "batch.micro=128"],
 }
 Line = dict[str, Any]
 

@@ -317,7 +317,6 @@ def test_where_nothing_fits_it_is_said() -> None:
         {"engine": "deepspeed", "precision": "fp16"},
         {"engine": "deepspeed", "optimizer": "lamb"},
         {"engine": "accelerate", "keeps_zeros": True},
-        {"adapter": "lora", "quantized": True},
         {"quantized": True, "precision": "fp64"},
     ],
     ids=str,
