@@ -60,8 +60,12 @@ HUGGINGFACE = HuggingFaceMap(
     },
     fields={**bert.FIELDS, "max_length": ("max_position_embeddings",), "embed_width": ("embedding_size",)},
     values=bert.ACTIVATION,
-    ours={**{field: value for field, value in bert.OURS.items() if field != "embed_width"}, "position_offset": 0},
-    theirs={"num_hidden_groups": 1, "inner_group_num": 1},
+    ours={
+        **{field: value for field, value in bert.OURS.items() if field != "embed_width"},
+        "position_offset": 0,
+        "tied": True,
+    },
+    theirs={"num_hidden_groups": 1, "inner_group_num": 1, **bert.TIED},
     defaults={
         "vocab_size": 30000,
         "embedding_size": 128,

@@ -42,8 +42,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "embed_dropout": ("hidden_dropout_prob",),
     "residual_dropout": ("hidden_dropout_prob",),
     "init_std": ("initializer_range",),
-    "tied": ("tie_word_embeddings",),
 }
+#: Of a free head theirs has a bias of its own, which BERT, RoBERTa and ALBERT never were trained with.
+TIED = {"tie_word_embeddings": True}
 ACTIVATION = {"activation": ("hidden_act", {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu"})}
 #: What they cannot say otherwise.
 OURS: dict[str, Any] = {
@@ -104,8 +105,8 @@ HUGGINGFACE = HuggingFaceMap(
     },
     fields={**FIELDS, "max_length": ("max_position_embeddings",)},
     values=ACTIVATION,
-    ours={**OURS, "position_offset": 0},
-    theirs={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
+    ours={**OURS, "position_offset": 0, "tied": True},
+    theirs={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, **TIED},
     defaults=DEFAULTS,
     tensors=(
         *stack_rules("bert."),

@@ -160,7 +160,7 @@ def extra_cost(config: DebertaConfig, length: int, rows: int, predicted: float) 
 #: Published configs say it in either order, as a list or as one word.
 _BOTH = OneOf(["p2c", "c2p"], ["c2p", "p2c"], "p2c|c2p", "c2p|p2c")
 _FIELDS: dict[str, tuple[str, ...]] = {
-    **{field: keys for field, keys in bert.FIELDS.items() if field != "tied"},
+    **bert.FIELDS,
     "max_length": ("max_position_embeddings",),
     "relative_span": ("max_relative_positions",),
     "mask_decoder": ("enhanced_mask_decoder",),
@@ -171,7 +171,7 @@ _THEIRS: dict[str, Any] = {
     "pos_att_type": _BOTH,
     # Theirs of old puts the head under other names and ties it by a flag; the one that was trained is always tied.
     "legacy": OneOf(False, True),
-    "tie_word_embeddings": True,
+    **bert.TIED,
 }
 _CLASSIFYING = {"pooler_hidden_act": "gelu"}
 _OURS: dict[str, Any] = {

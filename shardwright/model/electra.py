@@ -288,7 +288,12 @@ def extra_cost(config: ElectraConfig, length: int, rows: int, predicted: float) 
 
 
 #: What both of their models have in common.
-SHARED_FIELDS = {**bert.FIELDS, "max_length": ("max_position_embeddings",), "embed_width": ("embedding_size",)}
+SHARED_FIELDS = {
+    **bert.FIELDS,
+    "max_length": ("max_position_embeddings",),
+    "embed_width": ("embedding_size",),
+    "tied": ("tie_word_embeddings",),
+}
 GENERATOR_FIELDS = {
     "generator_layers": ("num_hidden_layers",),
     "generator_width": ("hidden_size",),

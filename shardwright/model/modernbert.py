@@ -146,7 +146,8 @@ HUGGINGFACE = HuggingFaceMap(
     variants={"ModernBertForMaskedLM": {"classify": "none"}, **class_variants("ModernBert")},
     classifying={"classifier_pooling": "cls"},
     fields={
-        **{field: bert.FIELDS[field] for field in ("vocab_size", "layers", "width", "heads", "mlp_width", "tied")},
+        **{field: bert.FIELDS[field] for field in ("vocab_size", "layers", "width", "heads", "mlp_width")},
+        "tied": ("tie_word_embeddings",),
         "max_length": ("max_position_embeddings",),
         "norm_eps": ("norm_eps",),
         "norm_bias": ("norm_bias",),

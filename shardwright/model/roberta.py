@@ -49,13 +49,14 @@ HUGGINGFACE = HuggingFaceMap(
     fields={**bert.FIELDS, "max_length": ("max_position_embeddings",)},
     shifts={"max_length": 2},
     values=bert.ACTIVATION,
-    ours={**bert.OURS, "position_offset": 2, "sentence_head": False},
+    ours={**bert.OURS, "position_offset": 2, "sentence_head": False, "tied": True},
     # They number positions from the padding's id on, whatever the tokenizer's padding is.
     theirs={
         "position_embedding_type": "absolute",
         "is_decoder": False,
         "add_cross_attention": False,
         "pad_token_id": 1,
+        **bert.TIED,
     },
     defaults={**bert.DEFAULTS, "vocab_size": 50265, "max_position_embeddings": 512},
     tensors=(

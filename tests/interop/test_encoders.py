@@ -118,6 +118,13 @@ def test_positions_of_roberta_begin_behind_its_padding() -> None:
         read_config({"model_type": "roberta", "pad_token_id": 0})
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta", "albert", "deberta"])
+def test_a_free_head_is_refused(family: str) -> None:
+    """Theirs would add a bias of the head that tied models lack."""
+    with pytest.raises(ValueError, match="tie_word_embeddings=False is not supported here; expected True"):
+        read_config({"model_type": family, "tie_word_embeddings": False})
+
+
 def test_blocks_of_their_own_are_refused_to_albert() -> None:
     with pytest.raises(ValueError, match="num_hidden_groups=2 is not supported here; expected 1"):
         read_config({"model_type": "albert", "num_hidden_groups": 2})
