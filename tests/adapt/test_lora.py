@@ -19,8 +19,8 @@ peft = pytest.importorskip("peft")
 ALL = ["q", "k", "v", "out", "up", "down"]
 #: Those that theirs has linear layers for.
 LINEAR = [
-    "GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM", "BertForPreTraining", "RobertaForMaskedLM",
-    "AlbertForMaskedLM", "DebertaForMaskedLM", "DebertaV2ForMaskedLM", "ModernBertForMaskedLM",
+    "GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM", "GPTNeoXForCausalLM", "BertForPreTraining",
+    "RobertaForMaskedLM", "AlbertForMaskedLM", "DebertaForMaskedLM", "DebertaV2ForMaskedLM", "ModernBertForMaskedLM",
     "T5ForConditionalGeneration", "BartForConditionalGeneration", "MarianMTModel",
 ]  # fmt: skip
 

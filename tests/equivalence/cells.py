@@ -43,6 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt3": _SMALL,
     "llama": _GROUPED,
     "qwen3": {**_GROUPED, "head_dim": 16},
+    "neox": {**_SMALL, "rotary_share": 0.5},
     "bert": _SMALL,
     "roberta": _SMALL,
     "albert": {**_SMALL, "embed_width": 16},

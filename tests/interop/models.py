@@ -34,6 +34,7 @@ CASES = {
     },
     "llama-linear": {"family": "llama", **SMALL, "rope_scaling": {"kind": "linear", "factor": 2.5}},
     "qwen3": {"family": "qwen3", **SMALL, "kv_heads": 2, "head_dim": 16, "mlp_width": 96},
+    "neox": {"family": "neox", **SMALL, "norm_eps": 1e-6, "rotary_share": 0.5},
     "qwen3-tied": {"family": "qwen3", **SMALL, "kv_heads": 4, "head_dim": 8, "mlp_width": 96, "tied": True},
 }
 
@@ -60,7 +61,9 @@ def to_theirs(model: LanguageModel) -> torch.nn.Module:
     config._attn_implementation = "eager"
     theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     assert type(theirs).__name__ == raw["architectures"][0]
-    state = dict(export_tensors(model.config, dict(model.named_parameters())))
+    # transformers renames GPT-NeoX's head as it reads a file.
+    named = export_tensors(model.config, dict(model.named_parameters()))
+    state = {name.replace("embed_out", "lm_head"): tensor for name, tensor in named}
     result = theirs.load_state_dict(state, strict=False)
     assert not result.unexpected_keys
     assert set(result.missing_keys) <= ({"lm_head.weight"} if model.config.tied else set())

@@ -77,6 +77,17 @@ def _qwen3(size: str, parameters: int, layers: int, width: int, heads: int, inne
     return Published("qwen3", size, parameters, raw | shape)
 
 
+def _neox(size: str, parameters: int, layers: int, width: int, heads: int, vocab_size: int) -> Published:
+    raw = {
+        "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
+        "initializer_range": 0.02, "layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "model_type": "gpt_neox",
+        "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "float16",
+        "use_cache": True, "use_parallel_residual": True, "vocab_size": vocab_size,
+    }  # fmt: skip
+    shape = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
+    return Published("neox", size, parameters, raw | shape | {"intermediate_size": 4 * width})
+
+
 PUBLISHED = (
     _gpt2("124M", 124_439_808, 12, 768, 12),
     _gpt2("355M", 354_823_168, 24, 1024, 16),
@@ -106,4 +117,13 @@ PUBLISHED = (
     _qwen3("8B", 8_190_735_360, 36, 4096, 32, 12288, tied=False),
     _qwen3("14B", 14_768_307_200, 40, 5120, 40, 17408, tied=False),
     _qwen3("32B", 32_762_123_264, 64, 5120, 64, 25600, tied=False),
+    _neox("70M", 70_426_624, 6, 512, 8, 50304),
+    _neox("160M", 162_322_944, 12, 768, 12, 50304),
+    _neox("410M", 405_334_016, 24, 1024, 16, 50304),
+    _neox("1B", 1_011_781_632, 16, 2048, 8, 50304),
+    _neox("1.4B", 1_414_647_808, 24, 2048, 16, 50304),
+    _neox("2.8B", 2_775_208_960, 32, 2560, 32, 50304),
+    _neox("6.9B", 6_857_302_016, 32, 4096, 32, 50432),
+    _neox("12B", 11_846_072_320, 36, 5120, 40, 50688),
+    _neox("20B", 20_554_567_680, 44, 6144, 64, 50432),
 )

@@ -28,8 +28,8 @@ transformers = pytest.importorskip("transformers")
 
 CLASSES, END, PAD = 3, 3, 1
 FEW: dict[str, dict[str, Any]] = {
-    "gpt2": {}, "llama": {"kv_heads": 2}, "qwen3": {"head_dim": 16}, "bert": {}, "roberta": {}, "modernbert": {},
-    "albert": {"embed_width": 16}, "deberta": {}, "deberta_v2": {"convolution": 3, "buckets": 8},
+    "gpt2": {}, "llama": {"kv_heads": 2}, "qwen3": {"head_dim": 16}, "neox": {}, "bert": {}, "roberta": {},
+    "modernbert": {}, "albert": {"embed_width": 16}, "deberta": {}, "deberta_v2": {"convolution": 3, "buckets": 8},
     "electra": {"embed_width": 16}, "xlnet": {}, "bart": {},
 }  # fmt: skip
 OF = [(family, of) for family in FEW for of in ("text", "tokens") if (family, of) != ("bart", "tokens")]

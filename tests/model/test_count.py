@@ -36,6 +36,7 @@ REFUSED = {
     "deberta": ("kv_heads", "qk_norm", "sinusoidal"),
     "deberta_v2": ("kv_heads", "qk_norm", "sinusoidal"),
     "modernbert": ("sinusoidal",),
+    "neox": ("post",),
     "xlnet": ("kv_heads", "qk_norm", "sinusoidal", "qkv_bias"),
 }
 #: What a family has beyond the others.

@@ -49,6 +49,7 @@ DECODERS: dict[str, dict[str, object]] = {
     "gpt2": {"family": "gpt2"},
     "gpt3": {"family": "gpt3"},
     "qwen3": {"family": "qwen3", "kv_heads": 2, "head_dim": 16},
+    "neox": {"family": "neox"},
     "llama-other": {"positions": "sinusoidal", "qk_norm": True},
 }
 
